@@ -39,7 +39,8 @@ def check_imports(nb):
     "nbdev executes every cell that has an import while it makes the page: nothing else may be in it"
     shown = re.compile(r"^\s*#\|\s*(exports?|exporti|exec_doc)\b|^\s*#\|\s*eval\s*:\s*false", re.MULTILINE)
     documented = re.compile(r"^\s*#\|\s*exports?\b|^show_doc\(", re.MULTILINE)
-    if not any(documented.search(cell["source"]) for cell in code_cells(nb)): return
+    skips = any(re.search(r"^-\s+skip_showdoc:\s*true", cell["source"], re.MULTILINE) for cell in nb["cells"][:1])
+    if skips or not any(documented.search(cell["source"]) for cell in code_cells(nb)): return
     for cell in code_cells(nb):
         source = cell["source"].strip()
         if shown.search(source) or "nbdev_export()" in source: continue

@@ -21,7 +21,7 @@ from .system import *
 from .instruct import *
 from .eval import *
 
-# %% ../nbs/07_cli.ipynb #7994a1eb
+# %% ../nbs/07_cli.ipynb #2c08af45
 EXAMPLE = "a red circle at the top left and a blue square at the bottom right on a white ground"
 
 def _folder(out): # A folder that can be written to
@@ -45,12 +45,12 @@ def _scales(text): # "all", or one of 0..4
 
 def _photo(path, side): return load_image(path, side)[None]
 
-def _save_all(pictures, out): # {scale: n x 3 x H x W}
+def _save_all(pictures, out): # {scale: n x 3 x H x W, or {number: image}}
     "Write DIR/f4_0.png, ..."
-    files = [save_image(x, out / f"f{i}_{k}.png") for i, xs in pictures.items() for k, x in enumerate(xs)]
+    files = [save_image(x, out / f"f{i}_{k}.png") for i, xs in pictures.items() for k, x in (xs.items() if isinstance(xs, dict) else enumerate(xs))]
     print("\n".join(f"{f}" for f in files))
 
-# %% ../nbs/07_cli.ipynb #cf27d8ef
+# %% ../nbs/07_cli.ipynb #cdf6ef63
 def demo(
     prompt: str = EXAMPLE, # What to paint
     model: str = None,     # Folder of a trained system; the shipped weights by default
@@ -89,7 +89,7 @@ def generate(
     if scales: pictures = puma.generate([prompt] * n, scales, seeds)
     else:
         best, chosen = puma.generate_auto([prompt] * n, seeds=seeds); pictures = {}
-        for x, i in zip(best, chosen): pictures[i] = torch.cat([pictures.get(i, x[None][:0]), x[None]])
+        for k, (x, i) in enumerate(zip(best, chosen)): pictures.setdefault(i, {})[k] = x
         print("chosen by reading the pictures back:", " ".join(f"f{i}" for i in chosen))
     _save_all(pictures, folder)
     _numbers(json, dict(prompt=prompt, scales=sorted(pictures), tokens={f"f{i}": tokens_until(i) for i in pictures}, seeds=seeds))
@@ -105,7 +105,7 @@ def edit(
     json: str = None    # File for the numbers
 ):
     "Edit an image by an instruction: DIR/edit_0.png"
-    if not instruction.strip(): raise UserError("the instruction is empty: say what to change")
+    if n < 1: raise UserError("--n must be at least 1")
     i, folder, puma = parse_scale(scale), _folder(out), Puma(model)
     x = _photo(image, puma.side)
     files = [save_image(puma.edit(x, instruction, (i,), seed + k)[i][0], folder / f"edit_{k}.png") for k in range(n)]
@@ -143,7 +143,7 @@ def reconstruct(
         print(f"f{i}  {TOKENS[i]:3} tokens  PSNR {rows[-1]['psnr']:5.2f} dB  {lpips_net()[1]} {rows[-1]['lpips']:.3f}  {folder / f'f{i}.png'}")
     _numbers(json, dict(image=image, rows=rows, lpips=lpips_net()[1]))
 
-# %% ../nbs/07_cli.ipynb #3c96d704
+# %% ../nbs/07_cli.ipynb #5be2b423
 def train(
     preset: str = "nano",   # Size of the system
     stage: str = "all",     # encoder, autoencoder, decoders, pretrain, instruct, or all
@@ -159,8 +159,9 @@ def train(
     if stretch <= 0: raise UserError("--stretch must be positive")
     if stage != "all" and stage not in STAGES: raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all")
     folder = _folder(out)
-    if not resume and any(read_stage(folder, s) for s in STAGES) and stage == "all": raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
-    train_system(p, folder, tuple(STAGES) if stage == "all" else (stage,), seed, resume, device, not quiet)
+    names = tuple(STAGES) if stage == "all" else (stage,)
+    if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
+    train_system(p, folder, names, seed, resume, device, not quiet)
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
     print(f"system: {folder}   try: puma-nb demo --model {folder}")
@@ -204,7 +205,7 @@ def doctor(
     for s in say: print("note:", s)
     _numbers(json, dict(found, notes=say))
 
-# %% ../nbs/07_cli.ipynb #47ac8766
+# %% ../nbs/07_cli.ipynb #a2250efe
 COMMANDS = dict(demo=demo, generate=generate, edit=edit, ask=ask, reconstruct=reconstruct, train=train, eval=evaluate, doctor=doctor)
 
 def usage():
@@ -219,8 +220,13 @@ def main(argv=None): # Exit code
     if argv[0] not in COMMANDS: print(f"puma-nb: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr); return 2
     warnings.filterwarnings("ignore", category=FutureWarning); warnings.filterwarnings("ignore", category=UserWarning)
     command = COMMANDS[argv[0]]
-    options = vars(anno_parser(command, f"puma-nb {argv[0]}").parse_args(argv[1:]))
-    try: command(**{k: v for k, v in options.items() if k not in ("pdb", "xtra")}); return 0
+    parser = anno_parser(command, f"puma-nb {argv[0]}")
+    def wrong(message): raise UserError(f"{message} (puma-nb {argv[0]} --help shows the options)")
+    parser.error = wrong
+    try:
+        options = vars(parser.parse_args(argv[1:]))
+        command(**{k: v for k, v in options.items() if k not in ("pdb", "xtra")})
+        return 0
     except UserError as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 2
     except Interrupted as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 130
     except KeyboardInterrupt: print(f"\npuma-nb {argv[0]}: interrupted", file=sys.stderr); return 130

@@ -154,7 +154,7 @@ def _stage(steps, batch, lr, warmup, schedule=("linear", "A.1"), clip=(1.0, "A.1
 _EMA = (0.995, "ours: averages away the last steps' noise")
 _COSINE, _CLIP5 = ("cosine", "A.2"), (5.0, "A.2")
 
-# %% ../nbs/00_core.ipynb #81cff432
+# %% ../nbs/00_core.ipynb #6007b59f
 _NANO = {
     "world": dict(train=(12000, _BUDGET), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, _BUDGET), conditions=(3000, _BUDGET)),
     "encoder": dict(image_size=(32, "ours: 224 in 4.1"), patch_size=(2, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(96, "ours: 1024 in CLIP-L"),
@@ -170,7 +170,7 @@ _NANO = {
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: one mean a scale; 1, 8, 64, 512, 1024 in A.2.1"),
         feature_noise=(0.3, "ours: closes the gap to free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are eight times as long"),
         read_scale=(2, "ours: all five in 3.3")),
-    "stage.encoder": _stage(400, 96, 1.5e-3, 50, _COSINE),
+    "stage.encoder": _stage(500, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
     "stage.base": _stage(2400, 64, 1.5e-3, 100, ema=_EMA),
     "stage.f0": _stage(800, 64, 1e-3, 50, ema=_EMA), "stage.f1": _stage(600, 64, 1e-3, 50, ema=_EMA), "stage.f2": _stage(400, 64, 1e-3, 50, ema=_EMA),
@@ -217,10 +217,13 @@ def noise_for(
     "Noise whose rows depend on their own keys only, not on the batch around them."
     return torch.stack([torch.randn(*shape, generator=torch_rng(*keys, int(i))) for i in ids])
 
-# %% ../nbs/00_core.ipynb #b262247b
+# %% ../nbs/00_core.ipynb #a0d1d455
 def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best there is
     "The device to run on."
-    if name: return torch.device(name)
+    if name:
+        try: torch.empty(0, device=name)
+        except (RuntimeError, AssertionError): raise UserError(f"device {name!r} is not there: choose cpu, cuda or mps, as this machine has it") from None
+        return torch.device(name)
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

@@ -154,7 +154,7 @@ def build_decoder(preset: Preset, scale: int, normalize: bool = True):
     return Decoder(preset.encoder.hidden_size, scale, a.latent_channels, preset.encoder.image_size // 2 ** (len(a.channels) - 1), d.channels, d.layers_per_block, d.heads,
                    d.cross_size, d.norm_groups, d.position_scales, d.coordinates, normalize, d.attention == "fused").to(memory_format=torch.channels_last)
 
-# %% ../nbs/02_decoders.ipynb #5a0fca5e
+# %% ../nbs/02_decoders.ipynb #b3b1ec2e
 class DecoderTask(Task):
     "Train one decoder; `scales` with more than one entry is the common base, a batch at a time."
     def __init__(self, preset: Preset, decoder, data: dict, scales=(2,), name="decoder", seed: int = 0):
@@ -180,6 +180,15 @@ class DecoderTask(Task):
 
     def counts(self, b): return dict(denoise=b["x0"].numel())
 
+    def sample(self, model, step, folder):
+        "Decode the features of four training images, if there is a place to put them."
+        if folder is None or len(self.scales) > 1: return
+        d, i = self.preset.decoder, self.scales[0]
+        f, null = pyramid(self.data["f0"][:4].float(), i)[i], pyramid(self.data["black_f0"], i)[i]
+        pipe = DecoderPipeline(model.eval(), self.data["autoencoder"].vae, make_scheduler(d.sampler, d))
+        for k, x in enumerate(pipe(f, null, self.data["autoencoder"], d.sampling_steps, d.guidance, list(range(4)))): save_image(x, Path(folder) / f"step_{step:06d}_{k}.png", 128)
+        model.train()
+
     def losses(self, model, b, step):
         d = self.preset.decoder
         xt = self.schedule.add_noise(b["x0"], b["noise"], b["t"]).to(memory_format=torch.channels_last)
@@ -191,11 +200,11 @@ class DecoderTask(Task):
             error = error * w.view(-1, 1, 1, 1)
         return dict(denoise=error.sum())
 
-# %% ../nbs/02_decoders.ipynb #4c89f13e
+# %% ../nbs/02_decoders.ipynb #a9a045a7
 def decoder_data(preset: Preset, encoder, latents: Latents, images, stats: FeatureStats, progress: bool = False): # dict of tensors
     "Everything a decoder's training reads, kept in memory: f0 in bfloat16 and latents."
     side = preset.encoder.image_size; black = torch.zeros(1, 3, side, side)
-    return dict(f0=encode_images(encoder, images, dtype=torch.bfloat16, progress=progress), latents=latents.encode_many(images), stats=stats,
+    return dict(f0=encode_images(encoder, images, dtype=torch.bfloat16, progress=progress), latents=latents.encode_many(images), stats=stats, autoencoder=latents,
                 black_f0=encode_images(encoder, black), black_latent=latents.encode(black).cpu())
 
 # %% ../nbs/02_decoders.ipynb #334353bf
@@ -299,7 +308,7 @@ def fidelity_diversity(
         out[i] = dict(psnr_r=psnr(a, x), lpips_r=lpips_distance(a, x), psnr_d=psnr(a, b), lpips_d=lpips_distance(a, b))
     return out
 
-# %% ../nbs/02_decoders.ipynb #1d5e5e94
+# %% ../nbs/02_decoders.ipynb #e7fbde0e
 def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, progress=True):
     "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back."
     begun, out, stage = time.time(), Path(out), preset.stages["autoencoder"]
@@ -354,7 +363,7 @@ def train_decoders(preset: Preset, out, seed=0, resume=False, device=None, progr
     for i in scales:
         if resume and (out / "decoders" / f"f{i}" / "config.json").exists(): continue
         decoder, t = specialise(base.net, preset, i, stats), time.time()
-        fit(DecoderTask(preset, decoder, data, (i,), f"f{i}", seed), preset.stages[f"f{i}"], out / "decoders" / f"f{i}", seed, resume, device, name=f"decoder f{i}", progress=progress)
+        fit(DecoderTask(preset, decoder, data, (i,), f"f{i}", seed), preset.stages[f"f{i}"], out / "decoders" / f"f{i}", seed, resume, device, name=f"decoder f{i}", progress=progress, sample_every=max(1, preset.stages[f"f{i}"].steps // 2))
         decoder.save_pretrained(out / "decoders" / f"f{i}"); seconds[f"f{i}"] = round(time.time() - t)
     val, _ = world_images(preset, "val", min(200, preset.world.val), seed)
     table = {f"f{i}": {k: float(v.mean()) for k, v in r.items()} for i, r in fidelity_diversity(Decoders(preset, out, device), val, scales).items()}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER', 'TABLES', 'table_1', 'show_table', 'clip_scores', 'table_6', 'table_world', 'score_files']
 
-# %% ../nbs/06_eval.ipynb #8b0db0b3
+# %% ../nbs/06_eval.ipynb #6206933c
+import re
 from pathlib import Path
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def show_table(result): # A result of `table_1`, `table_6` or `table_world`
     for pair, m in result.get("intervals", {}).items(): lines.append(f"{pair}: " + ", ".join(f"{k} {a:+.3f} [{b:+.3f}, {c:+.3f}]" for k, (a, b, c) in m.items()))
     return "\n".join(lines)
 
-# %% ../nbs/06_eval.ipynb #d2c7cf56
+# %% ../nbs/06_eval.ipynb #04583d33
 @torch.no_grad()
 def clip_scores(model_dir, tokenizer, images, captions, truth=None): # (CLIP-T, CLIP-I or None), tensors of N
     "Cosines in the space of the system's own CLIP."
@@ -74,13 +75,14 @@ def table_6(puma: Puma, n: int = 200, seed: int = 0, scales=SCALES): # dict as `
     "CLIP-I and CLIP-T of images for captions, for each scale and for the best of them."
     truth, scenes = world_images(puma.preset, "val", n, seed)
     captions = [caption(s) for s in scenes]
-    pictures = {i: torch.cat([puma.generate(captions[k:k + 100], (i,), list(range(k, min(k + 100, n))))[i] for k in range(0, n, 100)]) for i in scales}
+    parts = [puma.generate(captions[k:k + 100], scales, list(range(k, min(k + 100, n)))) for k in range(0, n, 100)]
+    pictures = {i: torch.cat([p[i] for p in parts]) for i in scales}
     both = {i: dict(zip(("clip_t", "clip_i"), clip_scores(puma.dir, puma.tokenizer, x, captions, truth))) for i, x in pictures.items()}
     best = {k: torch.stack([m[k] for m in both.values()]).amax(0) for k in ("clip_i", "clip_t")}
     rows = _flat(both, tokens_until) + [dict(model="ours", scale="max", tokens=tokens_until(min(scales)), **{k: round(float(v.mean()), 4) for k, v in best.items()})]
     own = clip_scores(puma.dir, puma.tokenizer, truth, captions, truth)
     rows.append(dict(model="true images", scale="", tokens=0, clip_t=round(float(own[0].mean()), 4), clip_i=round(float(own[1].mean()), 4)))
-    protocol = dict(prompts="world, validation split, full captions", clip="nano CLIP trained on the world (not CLIP-Base-32)", seeds="1 a prompt", guidance=puma.preset.decoder.guidance)
+    protocol = dict(prompts="world, validation split, full captions", clip=f"the {puma.preset.name} CLIP trained on the world (not CLIP-Base-32)", seeds="1 a prompt", guidance=puma.preset.decoder.guidance)
     return dict(table="6", preset=puma.preset.name, n=n, protocol=protocol, rows=rows)
 
 # %% ../nbs/06_eval.ipynb #4af28104
@@ -100,19 +102,20 @@ def table_world(puma: Puma, n: int = 200, seed: int = 0, scales=(4, 3, 2)): # di
     protocol = dict(prompts="world, validation split", judge="read_scene", chance="random scenes; for edits the untouched source; for questions the most frequent answer", guidance=puma.preset.decoder.guidance)
     return dict(table="world", preset=puma.preset.name, n=n, protocol=protocol, rows=rows)
 
-# %% ../nbs/06_eval.ipynb #6c10c6fd
+# %% ../nbs/06_eval.ipynb #e00279e6
 def score_files(
     folder,  # Images, in the order of their names
     prompts  # A text file, one full caption a line
 ): # dict as `puma-nb eval --json` writes it
     "The oracle's score of image files."
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")) if Path(folder).is_dir() else []
+    natural = lambda p: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", p.name)]  # f2_2 before f2_10
+    files = sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")), key=natural) if Path(folder).is_dir() else []
     if not files: raise UserError(f"{folder}: no images there")
     if not Path(prompts).is_file(): raise UserError(f"{prompts}: no such file")
     lines = [l.strip() for l in Path(prompts).read_text().splitlines() if l.strip()]
     if len(lines) != len(files): raise UserError(f"{len(files)} images but {len(lines)} prompts: one line for each image is needed")
     asked = [parse_caption(l) for l in lines]
-    if bad := [l for l, s in zip(lines, asked) if not s.things]: raise UserError(f"cannot read the prompt {bad[0]!r}; write it like: {caption(sample_scene(0, 0))}")
+    if bad := [l for l, s in zip(lines, asked) if s.ground not in GROUNDS or len(s.things) != l.count(" at the ") or not s.things]: raise UserError(f"cannot read the prompt {bad[0]!r}; write it like: {caption(sample_scene(0, 0))}")
     score = score_scenes(asked, [read_scene(load_image(f, 32)) for f in files])
     return dict(table="world", preset="", n=len(files), protocol=dict(images=str(folder), judge="read_scene"), rows=[dict(skill="t2i", **score)])
 

@@ -7,7 +7,7 @@ __all__ = ['Task', 'lr_factor', 'save_tensors', 'save_checkpoint', 'checkpoints'
            'make_accelerator', 'fit', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
            'stretched', 'read_log', 'plot_log']
 
-# %% ../nbs/00c_training.ipynb #faf87204
+# %% ../nbs/00c_training.ipynb #6444d598
 import json, math, os, shutil, signal, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -42,7 +43,7 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str): # Between 0 an
     t = (step - warmup) / max(1, steps - warmup)
     return 1 - t if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
 
-# %% ../nbs/00c_training.ipynb #3ff7c017
+# %% ../nbs/00c_training.ipynb #8c78944d
 def save_tensors(tensors: dict, path): # safetensors wants contiguous tensors that share no memory
     "Write tensors under a temporary name, then rename."
     path = Path(path); tmp = path.with_name(path.name + ".tmp")
@@ -58,9 +59,9 @@ def save_checkpoint(folder, step, model, optimizer, ema, state, keep: int = 2):
         torch.save(optimizer.state_dict(), tmp / "optimizer.pt")
         if ema: save_tensors({str(i): p for i, p in enumerate(ema.shadow_params)}, tmp / "ema.safetensors")
         (tmp / "state.json").write_text(json.dumps(dict(step=step, ema_step=ema.optimization_step if ema else 0, **state)))
-    except OSError as e:
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"cannot write a checkpoint to {folder}: {e.strerror or e}; the last good one is untouched") from None
+        raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; the last good one is untouched") from None
     shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
 
@@ -84,7 +85,7 @@ def load_checkpoint(folder, model, optimizer, ema): # The state, or None if ther
             for i, p in enumerate(ema.shadow_params): p.data.copy_(shadow[str(i)])
         return state
 
-# %% ../nbs/00c_training.ipynb #2b06e343
+# %% ../nbs/00c_training.ipynb #55d09a66
 def _global_counts(accelerator, task, micro):
     "Counts summed over micro-batches and processes."
     total = {}
@@ -94,7 +95,7 @@ def _global_counts(accelerator, task, micro):
         names = sorted(total)
         both = accelerator.reduce(torch.tensor([total[k] for k in names], device=accelerator.device), "sum")
         total = dict(zip(names, both.tolist()))
-    return {k: max(v, 1.0) for k, v in total.items()}
+    return total
 
 def train_step(accelerator, task, model, positions, step, accumulate=1): # Logged terms as tensors
     "Forward and backward of one global batch; gradients are left in `.grad`."
@@ -103,14 +104,15 @@ def train_step(accelerator, task, model, positions, step, accumulate=1): # Logge
     counts, logs = _global_counts(accelerator, task, micro), {}
     for k, b in enumerate(micro):
         with accelerator.autocast(): terms = task.losses(model, b, step)
-        terms = {t: v.float() / counts[t] for t, v in terms.items()}
+        terms = {t: v.float() / max(1.0, counts[t]) for t, v in terms.items()}
         loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
         sync = accelerator.no_sync(model) if k + 1 < len(micro) else torch.enable_grad()
         with sync: accelerator.backward(loss * accelerator.num_processes)  # DDP averages; the counts are global already
-        for t, v in {**terms, "loss": loss}.items(): logs[t] = logs.get(t, 0) + v.detach()
+        for t, v in {**terms, "loss": loss}.items():
+            if t == "loss" or counts[t] > 0: logs[t] = logs.get(t, 0) + v.detach()  # a step without f0 says nothing about f0
     return {t: accelerator.reduce(v, "sum") if accelerator.num_processes > 1 else v for t, v in logs.items()}
 
-# %% ../nbs/00c_training.ipynb #bd7ea0ac
+# %% ../nbs/00c_training.ipynb #b1a7ab1f
 class Interrupted(Exception):
     "Training was stopped by a signal, after saving."
 
@@ -178,7 +180,7 @@ def fit(
             done = step + 1
             if done % log_every == 0 or done == stage.steps:
                 row = dict(step=done, **{k: t / n for k, (t, n) in running.items()}, lr=optimizer.param_groups[0]["lr"],
-                           samples_per_second=round(stage.batch * next(iter(running.values()))[1] / max(1e-9, time.time() - last), 2), seconds=round(time.time() - begun, 1))
+                           samples_per_second=round(stage.batch * running["loss"][1] / max(1e-9, time.time() - last), 2), seconds=round(time.time() - begun, 1))
                 running, last = {}, time.time(); log.append(row)
                 if out and main:
                     with open(log_file, "a") as f: f.write(json.dumps(row) + "\n")
@@ -192,7 +194,7 @@ def fit(
     bare.eval()
     return log
 
-# %% ../nbs/00c_training.ipynb #025d7a05
+# %% ../nbs/00c_training.ipynb #aa97b741
 def matmul_ceiling(device="cpu", n: int = 1536, rounds: int = 7): # FLOP/s
     "Speed of an n x n matrix product: median of several rounds, bf16 where the device has it."
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
@@ -201,12 +203,13 @@ def matmul_ceiling(device="cpu", n: int = 1536, rounds: int = 7): # FLOP/s
         t = time.perf_counter(); (a @ a)[0, 0].item(); times.append(time.perf_counter() - t)
     return 2 * n**3 / float(np.median(times[2:]))
 
-def step_flops(task: Task, stage: StagePreset): # FLOP of one step, forward and backward
-    "Multiply-adds (times two) of one training step, counted."
+def step_flops(task: Task, stage: StagePreset, steps: int = 6): # FLOP of a step, forward and backward
+    "Multiply-adds (times two) of a training step, counted: the mean of a few."
     accelerator = make_accelerator(); task.model.to(accelerator.device)
-    with FlopCounterMode(display=False) as counter: train_step(accelerator, task, task.model, np.arange(stage.batch), 0)
+    with FlopCounterMode(display=False) as counter:
+        for k in range(steps): train_step(accelerator, task, task.model, np.arange(stage.batch), k)
     task.model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return counter.get_total_flops() / steps
 
 def speed_report(task, stage, log): # dict: samples/s, FLOP/s, share of the ceiling
     "What a finished run made of the machine."

@@ -1,0 +1,19 @@
+"The oracle's own quality: clean renders, and renders passed through the shipped autoencoder."
+from puma_nb.core import get_preset
+from puma_nb.decoders import load_latents
+from puma_nb.metrics import psnr
+from puma_nb.pyramid import world_images
+from puma_nb.world import read_scene, score_scenes
+
+
+def test_clean_renders_are_read():
+    images, scenes = world_images(get_preset("nano"), "val", 300)
+    assert score_scenes(scenes, [read_scene(x) for x in images])["attributes"] >= 0.99
+
+
+def test_autoencoded_renders_are_read():
+    images, scenes = world_images(get_preset("nano"), "val", 300)
+    latents = load_latents(device="cpu")
+    back = latents.decode(latents.encode(images))
+    assert psnr(back, images.float() / 255).mean() >= 28
+    assert score_scenes(scenes, [read_scene(x) for x in back])["attributes"] >= 0.97

@@ -1,0 +1,103 @@
+"What crosses processes: a killed run, two processes, a read-only folder."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+import torch
+from puma_nb.cli import main
+from puma_nb.training import read_log
+
+EXACT = ("step", "loss", "text", "f0", "f1", "f2", "f3", "f4", "denoise", "square", "grad_norm", "lr")
+
+
+def command(*argv): return [sys.executable, "-m", "puma_nb.cli", *map(str, argv)]
+
+
+def exact(path): return [{k: r[k] for k in EXACT if k in r} for r in read_log(path)]
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    "A pico system with encoder, autoencoder and decoders."
+    out = tmp_path_factory.mktemp("system")
+    for stage in ("encoder", "autoencoder", "decoders"): assert main(["train", "--preset", "pico", "--stage", stage, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def copy(system, target):
+    import shutil
+    shutil.copytree(system, target); return target
+
+
+def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
+    "A pretraining killed in the middle continues its log exactly as the undisturbed run wrote it."
+    straight, killed = copy(system, tmp_path / "straight"), copy(system, tmp_path / "killed")
+    argv = ("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 200, "--quiet", "--out")  # 800 steps, a checkpoint every 400
+    subprocess.run(command(*argv, straight), check=True, capture_output=True)
+    process = subprocess.Popen(command(*argv, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = killed / "pretrain" / "log.jsonl", time.time() + 300
+    while time.time() < deadline and process.poll() is None:  # wait until it is past its first checkpoint, and not at a checkpoint
+        if log.exists() and (rows := log.read_text().splitlines()) and json.loads(rows[-1])["step"] >= 500: break
+        time.sleep(0.02)
+    assert process.poll() is None, "it finished before it could be killed"
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert not (killed / "pretrain" / "stage.json").exists()
+    subprocess.run(command(*argv, killed, "--resume"), check=True, capture_output=True)
+    assert exact(log) == exact(straight / "pretrain" / "log.jsonl")
+    assert (killed / "pretrain" / "model.safetensors").read_bytes() == (straight / "pretrain" / "model.safetensors").read_bytes()
+
+
+def test_sigterm_saves_and_says_so(system, tmp_path):
+    out = copy(system, tmp_path / "run")
+    process = subprocess.Popen(command("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 500, "--quiet", "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, deadline = out / "pretrain" / "log.jsonl", time.time() + 300
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3): time.sleep(0.05)
+    process.send_signal(signal.SIGTERM); _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in said.strip().splitlines()[-1] and "Traceback" not in said
+    assert list((out / "pretrain" / "checkpoints").glob("step_*"))
+
+
+WORKER = """
+import sys, torch
+from puma_nb.core import *; from puma_nb.data import *; from puma_nb.training import *; from puma_nb.pyramid import *; from puma_nb.mllm import *
+import numpy as np
+torch.set_num_threads(1)
+preset, root, out = get_preset("pico"), sys.argv[1], sys.argv[2]
+_, tokenizer = None, __import__("transformers").PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
+sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16), caption=world_samples("caption", 16)), tokenizer, load_encoder(root, "cpu"), load_stats(root))
+torch.manual_seed(0)
+model = build_mllm(preset, tokenizer, load_stats(root))
+task = MLLMTask(preset, model, tokenizer, sets, dict(t2i=1, caption=1), store)
+accelerator = make_accelerator("cpu", bf16=False)
+wrapped = accelerator.prepare(model)
+log = train_step(accelerator, task, wrapped, np.arange(12), 0)
+if accelerator.is_main_process:
+    torch.save(dict(processes=accelerator.num_processes, kind=str(accelerator.distributed_type), loss=float(log["loss"]), grads={n: p.grad for n, p in model.named_parameters() if p.grad is not None}), out)
+"""
+
+
+def test_two_processes_give_the_gradient_of_one(system, tmp_path):
+    "Ragged sequences, split over two real processes: same loss, same gradient."
+    script, results = tmp_path / "worker.py", {}
+    script.write_text(WORKER)
+    for n in (1, 2):
+        target = tmp_path / f"{n}.pt"
+        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+        done = subprocess.run([*launch, str(script), str(system), str(target)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results[n] = torch.load(target, weights_only=True)
+    assert results[2]["processes"] == 2 and "MULTI_CPU" in results[2]["kind"]
+    assert results[1]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
+    for name, g in results[1]["grads"].items():
+        assert torch.allclose(g, results[2]["grads"][name], rtol=1e-4, atol=1e-5 * float(g.abs().max()) + 1e-9), name
+
+
+@pytest.mark.parametrize("argv", [
+    ("generate", "   "), ("generate", "a cross", "--scale", "f7"), ("reconstruct", "missing.png"), ("reconstruct", "broken.png"), ("ask", "broken.png", "what?"),
+    ("edit", "missing.png", "make it red"), ("train", "--preset", "huge"), ("train", "--stage", "nothing"), ("eval", "--table", "9"), ("nonsense",),
+    ("demo", "--out", "file/inside")])
+def test_bad_input_is_one_line_and_code_2(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken"); Path("file").write_text("not a folder")
+    assert main(list(argv)) == 2
+    said = capsys.readouterr().err.strip()
+    assert said and len(said.splitlines()) == 1 and "Traceback" not in said

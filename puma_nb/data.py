@@ -60,7 +60,7 @@ def condition_sample(scene, rng): # With probability 0.5 the instruction goes be
     picture = draw_scene(scene)
     return _sample("condition", "colorize", [to_gray(picture), picture], [image(0, False), text(prompt, False), image(1, True)], scene, prompt)
 
-# %% ../nbs/00b_data.ipynb #205803ce
+# %% ../nbs/00b_data.ipynb #e0f84ac9
 BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, question=question_sample, edit=edit_sample, condition=condition_sample)
 
 @dataclass
@@ -80,7 +80,7 @@ def read_card(path): # A Markdown file with a YAML header
     try: meta = yaml.safe_load(parts[1]) or {}
     except yaml.YAMLError as e: raise UserError(f"{path}: the header is not YAML ({str(e).splitlines()[0]})") from None
     puma = (meta.get("puma") if isinstance(meta, dict) else None) or {}
-    if missing := [k for k, d in (("pretty_name", meta), ("stage", puma)) if k not in d]: raise UserError(f"{path}: the header lacks {', '.join(missing)}")
+    if missing := [n for n, k, d in (("pretty_name", "pretty_name", meta), ("puma.stage", "stage", puma)) if k not in d]: raise UserError(f"{path}: the header lacks {', '.join(missing)}")
     if (standin := puma.get("standin") or "") and standin not in BUILDERS: raise UserError(f"{path}: unknown stand-in {standin!r}")
     return Card(path.stem, meta["pretty_name"], puma["stage"], standin, parts[2].strip(), meta)
 

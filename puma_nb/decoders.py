@@ -110,11 +110,11 @@ def noise_schedule(p: DecoderPreset): # A diffusers scheduler, used for training
     "SDXL's noise schedule (scaled linear betas, 1,000 steps)."
     return DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=p.prediction, clip_sample=False, steps_offset=1)
 
-# %% ../nbs/02_decoders.ipynb #ef89c8db
+# %% ../nbs/02_decoders.ipynb #9138ec05
 def sincos_2d(side: int, size: int): # -> side*side x size
     "Sines and cosines of the cells' centres, x in one half of the channels and y in the other."
     c = (torch.arange(side) + 0.5) / side
-    freq = 2.0 ** torch.arange(size // 4) * torch.pi
+    freq = torch.pi * (GRID / 2) ** torch.linspace(0, 1, max(2, size // 4))[:size // 4]  # half a wave to eight across the image
     wave = lambda v: torch.cat([(v[:, None] * freq).sin(), (v[:, None] * freq).cos()], 1)
     y, x = wave(c)[:, None].expand(side, side, -1), wave(c)[None].expand(side, side, -1)
     return F.pad(torch.cat([x, y], -1).flatten(0, 1), (0, size - 4 * (size // 4)))
@@ -226,7 +226,7 @@ def ddim_by_hand(decoder, schedule, x, features, null, times, guidance: float = 
         x = a[s].sqrt() * image + (1 - a[s]).sqrt() * noise if s is not None else image
     return x
 
-# %% ../nbs/02_decoders.ipynb #f6b99332
+# %% ../nbs/02_decoders.ipynb #074c8459
 class DecoderPipeline(DiffusionPipeline):
     "Features of one scale to images."
     def __init__(self, decoder: Decoder, vae: AutoencoderKL, scheduler: DDPMScheduler):
@@ -239,7 +239,7 @@ class DecoderPipeline(DiffusionPipeline):
         null,                # 1 x N x C: the black image's features
         latents: Latents,    # Standardised autoencoder
         steps: int = 12,
-        guidance: float = 2.0,
+        guidance: float = 1.0,
         seeds=0              # One seed, or one for each row
     ): # B x 3 x H x W in 0..1
         "Decode features to images."

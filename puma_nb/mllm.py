@@ -7,9 +7,10 @@ __all__ = ['SCALE_OF_SLOT', 'TERMS', 'order_tokens', 'Sequence', 'build_sequence
            'PumaForConditionalGeneration', 'build_mllm', 'targets', 'loss_terms', 'gradient_norms', 'MLLMTask',
            'prepare_samples', 'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard', 'load_mllm']
 
-# %% ../nbs/03_mllm.ipynb #01322e84
+# %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F

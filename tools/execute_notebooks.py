@@ -62,6 +62,7 @@ def execute(path, flags, timeout):
     nb = nbformat.read(path, as_version=4)
     skipped = [c for c in nb.cells if c.cell_type == "code" and is_skipped(c.source, flags)]
     for cell in skipped: cell.metadata["tags"] = [SKIP_TAG]
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # pictures go into the notebook, whatever the shell says
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
                             skip_cells_with_tag=SKIP_TAG, store_widget_state=False, coalesce_streams=True, record_timing=False)
     start = time.time()

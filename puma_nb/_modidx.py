@@ -286,5 +286,6 @@ d = { 'settings': { 'branch': 'main',
                                'puma_nb.world.scene_from_json': ('world.html#scene_from_json', 'puma_nb/world.py'),
                                'puma_nb.world.score_scene': ('world.html#score_scene', 'puma_nb/world.py'),
                                'puma_nb.world.score_scenes': ('world.html#score_scenes', 'puma_nb/world.py'),
+                               'puma_nb.world.shape_map': ('world.html#shape_map', 'puma_nb/world.py'),
                                'puma_nb.world.split_of': ('world.html#split_of', 'puma_nb/world.py'),
                                'puma_nb.world.to_gray': ('world.html#to_gray', 'puma_nb/world.py')}}}

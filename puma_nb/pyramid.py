@@ -64,7 +64,7 @@ def encode(encoder, images): # -> B x 256 x C
     "f0: the patch features of the last layer, class token dropped ([code])."
     return encoder(pixel_values=preprocess(images, encoder.config.image_size)).last_hidden_state[:, 1:]
 
-# %% ../nbs/01_pyramid.ipynb #31094bfd
+# %% ../nbs/01_pyramid.ipynb #7808d945
 GRAY_SHARE = 0.15          # ours
 READ_SCALES = (0, 1, 2, 3) # scales from which a cell's pixels are read out linearly: ours
 
@@ -87,6 +87,7 @@ class EncoderNet(nn.Module):
                     max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
         self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision_config(p).to_dict(), projection_dim=p.projection_size))
         self.patch_head = nn.Linear(p.hidden_size, p.projection_size, bias=False)
+        self.shape_head = nn.Linear(p.hidden_size, 1 + len(SHAPES))
         self.pixel_heads = nn.ModuleList(nn.Linear(p.hidden_size, 3 * (p.patch_size * 2**i) ** 2) for i in READ_SCALES)
 
     def read_pixels(self, patches): # B x 256 x C -> for each of READ_SCALES: B x N x pixels of a cell
@@ -98,7 +99,7 @@ class EncoderNet(nn.Module):
         text = self.clip.text_model(input_ids=ids, attention_mask=mask).pooler_output
         patches = vision.last_hidden_state[:, 1:]
         unit = lambda v: F.normalize(v.float(), dim=-1)
-        return unit(self.clip.visual_projection(vision.pooler_output)), unit(self.patch_head(patches.mean(1))), unit(self.clip.text_projection(text)), self.read_pixels(patches)
+        return unit(self.clip.visual_projection(vision.pooler_output)), unit(self.patch_head(patches.mean(1))), unit(self.clip.text_projection(text)), self.read_pixels(patches), self.shape_head(patches)
 
 def cell_pixels(images, side: int): # B x 3 x H x W -> B x N x 3*side*side
     "The pixels of each cell of side x side, row-major."
@@ -113,7 +114,7 @@ def contrastive(
     logits, target = scale * u @ v.T, torch.arange(len(u), device=u.device)
     return (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits[:, :len(u)].T, target, reduction="sum")) / 2
 
-# %% ../nbs/01_pyramid.ipynb #9376e218
+# %% ../nbs/01_pyramid.ipynb #1e2e4201
 def world_images(preset: Preset, split: str = "train", n: int = None, seed: int = 0): # (N x 3 x H x W uint8, list of scenes)
     "Pictures and scenes of a split of the world."
     n = n or (preset.world.train if split == "train" else preset.world.val)
@@ -126,8 +127,9 @@ class EncoderTask(Task):
         self.preset, self.seed = preset, seed
         self.tokenizer = train_tokenizer(preset.mllm.vocab_size)
         torch.manual_seed(seed_of(seed, "encoder"))
-        self.model, self.weights = EncoderNet(preset.encoder, self.tokenizer), dict(class_token=1.0, patches=1.0, pixels=2.0)
+        self.model, self.weights = EncoderNet(preset.encoder, self.tokenizer), dict(class_token=1.0, patches=1.0, pixels=2.0, shapes=4.0)
         self.images, self.scenes = data or world_images(preset, seed=seed)
+        self.shapes = torch.stack([shape_map(s, GRID).flatten() for s in self.scenes])
 
     def batch(self, positions, step):
         ids = sample_ids(positions, len(self.scenes), self.seed)
@@ -138,18 +140,19 @@ class EncoderTask(Task):
             captions.append(f"<s>{t}</s>"); wrong.append(f"<s>{near_miss(t, rng)}</s>")
         t = self.tokenizer(captions + wrong, padding=True, truncation=True, max_length=64, return_tensors="pt", add_special_tokens=False)
         device = next(self.model.parameters()).device
-        return dict(images=preprocess(images.to(device), self.preset.encoder.image_size), ids=t["input_ids"].to(device), mask=t["attention_mask"].to(device))
+        return dict(images=preprocess(images.to(device), self.preset.encoder.image_size), ids=t["input_ids"].to(device), mask=t["attention_mask"].to(device), shapes=self.shapes[ids].to(device))
 
-    def counts(self, b): return dict(class_token=len(b["images"]), patches=len(b["images"]), pixels=b["images"].numel() * len(READ_SCALES))
+    def counts(self, b): return dict(class_token=len(b["images"]), patches=len(b["images"]), pixels=b["images"].numel() * len(READ_SCALES), shapes=b["shapes"].numel())
 
     def losses(self, model, b, step):
-        cls, patches, text, pixels = model(b["images"], b["ids"], b["mask"])
+        cls, patches, text, pixels, shapes = model(b["images"], b["ids"], b["mask"])
         clip, size = getattr(model, "module", model).clip, self.preset.encoder.patch_size
         scale = clip.logit_scale.float().exp().clamp(max=100)
         errors = [(p.float() - cell_pixels(b["images"], size * 2**i)) ** 2 for i, p in zip(READ_SCALES, pixels)]
-        return dict(class_token=contrastive(cls, text, scale), patches=contrastive(patches, text, scale), pixels=sum(e.sum() for e in errors))
+        return dict(class_token=contrastive(cls, text, scale), patches=contrastive(patches, text, scale), pixels=sum(e.sum() for e in errors),
+                    shapes=F.cross_entropy(shapes.float().flatten(0, 1), b["shapes"].flatten(), reduction="sum"))
 
-# %% ../nbs/01_pyramid.ipynb #3b654912
+# %% ../nbs/01_pyramid.ipynb #73e9126c
 @torch.no_grad()
 def retrieval(
     net: EncoderNet, tokenizer, images, scenes
@@ -157,7 +160,7 @@ def retrieval(
     "How often the nearest of all captions is the picture's own."
     device = next(net.parameters()).device
     t = tokenizer(["<s>" + caption(s) + "</s>" for s in scenes], padding=True, return_tensors="pt", add_special_tokens=False).to(device)
-    with autocast(device): cls, patches, text, _ = net(preprocess(images.to(device), net.clip.config.vision_config.image_size), t["input_ids"], t["attention_mask"])
+    with autocast(device): cls, patches, text, *_ = net(preprocess(images.to(device), net.clip.config.vision_config.image_size), t["input_ids"], t["attention_mask"])
     return tuple(float(((u @ text.T).argmax(1).cpu() == torch.arange(len(u))).float().mean()) for u in (cls, patches))
 
 # %% ../nbs/01_pyramid.ipynb #37e79fd2

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'GROUNDS', 'PLACES', 'HELD_OUT', 'STYLES', 'QUESTIONS', 'EDITS', 'ATTRIBUTES', 'Thing', 'Scene',
-           'scene_from_json', 'draw_thing', 'draw_scene', 'content', 'split_of', 'random_scene', 'sample_scene',
-           'article', 'caption', 'random_caption', 'question', 'edit', 'to_gray', 'read_scene', 'score_scene',
-           'score_scenes', 'baselines', 'parse_caption']
+           'scene_from_json', 'draw_thing', 'draw_scene', 'shape_map', 'content', 'split_of', 'random_scene',
+           'sample_scene', 'article', 'caption', 'random_caption', 'question', 'edit', 'to_gray', 'read_scene',
+           'score_scene', 'score_scenes', 'baselines', 'parse_caption']
 
 # %% ../nbs/00a_world.ipynb #2c5d767a
 import json
@@ -83,7 +83,20 @@ def draw_scene(
     for t in scene.things: draw_thing(im, t.shape, t.center, t.size, tint(COLORS[t.color], t.place))
     return torch.from_numpy(np.array(im.reduce(4))).permute(2, 0, 1)
 
-# %% ../nbs/00a_world.ipynb #0f06063f
+# %% ../nbs/00a_world.ipynb #26c58f2e
+def shape_map(
+    scene: Scene,
+    cells: int = 16 # Cells along a side
+): # cells x cells, int64: 0 ground, 1 + index in SHAPES
+    "Which shape covers most of each cell."
+    out = torch.zeros(cells, cells, dtype=torch.long)
+    for t in scene.things:
+        mask = Image.new("L", (cells * 8, cells * 8), 0)
+        draw_thing(mask, t.shape, t.center, t.size, 255)
+        out[torch.from_numpy(np.array(mask.reduce(8))) > 127] = 1 + SHAPES.index(t.shape)
+    return out
+
+# %% ../nbs/00a_world.ipynb #4b03eaca
 def content(scene: Scene): # A hashable description without jitter
     "What a full caption tells about a scene."
     return scene.ground, tuple(sorted((t.place, t.shape, t.color) for t in scene.things))
@@ -120,7 +133,7 @@ def sample_scene(
     while split_of(scene := random_scene(rng, max_objects)) != split: pass
     return scene
 
-# %% ../nbs/00a_world.ipynb #caf0561d
+# %% ../nbs/00a_world.ipynb #9adebc1c
 def article(noun: str): return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 def caption(
@@ -145,7 +158,7 @@ def random_caption(scene: Scene, rng):
     "A caption in a style drawn by `STYLES`."
     return caption(scene, str(rng.choice(list(STYLES), p=list(STYLES.values()))), rng)
 
-# %% ../nbs/00a_world.ipynb #6e36d980
+# %% ../nbs/00a_world.ipynb #c6fcf4f7
 def question(
     scene: Scene,
     kind: str,  # "yesno", "what", "where" or "howmany"
@@ -166,7 +179,7 @@ def question(
 
 QUESTIONS = ("yesno", "what", "where", "howmany")
 
-# %% ../nbs/00a_world.ipynb #5e955217
+# %% ../nbs/00a_world.ipynb #9df591ab
 EDITS = ("background", "recolor", "remove", "add")
 
 def edit(
@@ -202,7 +215,7 @@ def to_gray(image): # uint8 or float, 3 x H x W
     gray = (image.float() * w).sum(0, keepdim=True).expand(3, -1, -1)
     return gray.round().to(image.dtype) if image.dtype == torch.uint8 else gray
 
-# %% ../nbs/00a_world.ipynb #5bdb10b5
+# %% ../nbs/00a_world.ipynb #23712e4b
 _PALETTE = np.array(list(COLORS.values()), float) / 255
 _GROUND = np.array(list(GROUNDS.values()), float) / 255
 
@@ -266,7 +279,7 @@ def read_scene(
     things = [t for _, t in sorted(things, key=lambda a: -a[0])[:4]]
     return Scene(list(GROUNDS)[ground], tuple(sorted(things, key=lambda t: PLACES.index(t.place))))
 
-# %% ../nbs/00a_world.ipynb #ae2d8437
+# %% ../nbs/00a_world.ipynb #92045347
 ATTRIBUTES = ("shape", "color", "place")
 
 def score_scene(
@@ -290,7 +303,7 @@ def score_scenes(
     out = {k: sum(r[k] for r in rows) / total for k in ATTRIBUTES}
     return dict(attributes=sum(out.values()) / 3, **out, ground=float(np.mean([r["ground"] for r in rows])), scenes=float(np.mean([r["scene"] for r in rows])), n=len(rows))
 
-# %% ../nbs/00a_world.ipynb #385217cd
+# %% ../nbs/00a_world.ipynb #4eb7ec5f
 def baselines(
     asked,       # List of scenes
     seed: int = 0
@@ -299,7 +312,7 @@ def baselines(
     chance = [random_scene(np_rng("chance", seed, i), max(len(s.things) for s in asked)) for i in range(len(asked))]
     return dict(chance=score_scenes(asked, chance), shuffled=score_scenes(asked, asked[1:] + asked[:1]))
 
-# %% ../nbs/00a_world.ipynb #99a7f14d
+# %% ../nbs/00a_world.ipynb #86be6f8f
 def parse_caption(text: str): # A `Scene`, as far as the caption tells
     "Read a full caption back into a scene; parts that do not fit are left out."
     words, ground = text.lower().strip(), ""

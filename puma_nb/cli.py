@@ -188,7 +188,7 @@ def evaluate(
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
 
-# %% ../nbs/07_cli.ipynb #d519ac4e
+# %% ../nbs/07_cli.ipynb #e0e79ac1
 def doctor(
     json: str = None # File for the findings
 ):
@@ -199,8 +199,8 @@ def doctor(
     for k, v in found.items(): print(f"{k:14} {v}")
     say = []
     if not found["weights"]: say.append("no shipped weights: train them with puma-nb train --preset nano --out DIR and use --model DIR")
-    if found["device"] == "cpu": say.append("no GPU: presets pico and nano run here (nano trains in about an hour on two cores)")
-    if not found["bf16"]: say.append("no fast bfloat16 here: everything runs in float32, about twice as slowly")
+    if found["device"] == "cpu": say.append("no GPU: presets pico and nano run here (nano is sized for about an hour on two cores)")
+    if not found["bf16"]: say.append("no fast bfloat16 here: everything runs in float32, more slowly")
     if found["free_disk_gb"] < 2: say.append("less than 2 GB of disk: training writes about 0.3 GB of checkpoints")
     for s in say: print("note:", s)
     _numbers(json, dict(found, notes=say))

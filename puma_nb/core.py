@@ -154,7 +154,7 @@ def _stage(steps, batch, lr, warmup, schedule=("linear", "A.1"), clip=(1.0, "A.1
 _EMA = (0.995, "ours: averages away the last steps' noise")
 _COSINE, _CLIP5 = ("cosine", "A.2"), (5.0, "A.2")
 
-# %% ../nbs/00_core.ipynb #f9785c6d
+# %% ../nbs/00_core.ipynb #5b97762c
 _NANO = {
     "world": dict(train=(12000, _BUDGET), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, _BUDGET), conditions=(3000, _BUDGET)),
     "encoder": dict(image_size=(32, "ours: 224 in 4.1"), patch_size=(2, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(96, "ours: 1024 in CLIP-L"),
@@ -164,7 +164,7 @@ _NANO = {
         cross_size=(96, "ours: 2048 in SDXL"), norm_groups=(16, "ours"), position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
         coordinates=(16, "ours: none in [code]"), prediction=("v_prediction", "ours: epsilon in SDXL"), noise_offset=(0.1, "A.1"), blank=(0.1, "A.1"),
         min_snr=(5.0, "ours"), feature_noise=((0.8, 0.6, 0.45, 0.3, 0.2), "ours: about the language model's own error"), attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
-        sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"), sampling_steps=(12, "ours: 50 in [code]"), guidance=(1.0, "ours: away from black only brightens flat scenes, 25.0 against 16.5 dB; 2.0 in [code]")),
+        sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"), sampling_steps=(12, "ours: 50 in [code]"), guidance=(1.0, "ours: away from black only brightens flat scenes, 25.0 against 16.5 dB at f0 on 12 images; 2.0 in [code]")),
     "mllm": dict(vocab_size=(512, "ours"), hidden_size=(192, "ours: 4096 in LLaMA-3 8B"), layers=(6, "ours: 32 in LLaMA-3 8B"), heads=(3, "ours: 32 in LLaMA-3 8B"),
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: one mean a scale; 1, 8, 64, 512, 1024 in A.2.1"),

@@ -176,6 +176,7 @@ class MLLMTask(Task):
     def __init__(self, preset: Preset, model, tokenizer, sets: dict, shares: dict, store: FeatureStore, name="mllm", seed: int = 0):
         self.preset, self.model, self.tokenizer, self.sets, self.shares, self.store, self.name, self.seed = preset, model, tokenizer, sets, shares, store, name, seed
         m = preset.mllm
+        model.language_model.set_attn_implementation("eager" if m.attention == "plain" else "sdpa")
         self.weights = dict(text=m.text_weight, **{f"f{i}": w for i, w in zip(SCALES, m.scale_weights)})
 
     def stop(self, step): # the scale after which this step's images end: a function of the step

@@ -24,14 +24,6 @@ from .eval import *
 # %% ../nbs/07_cli.ipynb #2c08af45
 EXAMPLE = "a red circle at the top left and a blue square at the bottom right on a white ground"
 
-def _folder(out): # A folder that can be written to
-    "Make the output folder, or say why it cannot be."
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True); probe = out / ".write"; probe.touch(); probe.unlink()
-    except OSError as e: raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
-    return out
-
 def _numbers(path, result):
     "Write a result as JSON, if a file was named."
     if not path: return
@@ -61,7 +53,7 @@ def demo(
     "One prompt at five scales, with two seeds: DIR/demo.png"
     if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
     import matplotlib; matplotlib.use("agg")
-    folder, puma = _folder(out), Puma(model)
+    folder, puma = writable_folder(out), Puma(model)
     rows = [puma.generate(prompt, SCALES, s) for s in (seed, seed + 1)]
     fig = show_images([r[i][0] for r in rows for i in COARSE_TO_FINE], [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE] * 2, cols=5, size=1.9,
                       rows_titles=[f"seed {s}" for s in (seed, seed + 1)], suptitle=prompt)
@@ -72,6 +64,7 @@ def demo(
     _numbers(json, dict(prompt=prompt, read=read, understood=bool(asked.things)))
     print(f"picture: {folder / 'demo.png'}")
 
+# %% ../nbs/07_cli.ipynb #636b6a90
 def generate(
     prompt: str,        # What to paint
     scale: str = "2",   # 0..4, all, or auto
@@ -85,7 +78,7 @@ def generate(
     if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
     if n < 1: raise UserError("--n must be at least 1")
     scales = None if scale == "auto" else _scales(scale)
-    folder, puma, seeds = _folder(out), Puma(model), list(range(seed, seed + n))
+    folder, puma, seeds = writable_folder(out), Puma(model), list(range(seed, seed + n))
     if scales: pictures = puma.generate([prompt] * n, scales, seeds)
     else:
         best, chosen = puma.generate_auto([prompt] * n, seeds=seeds); pictures = {}
@@ -94,6 +87,7 @@ def generate(
     _save_all(pictures, folder)
     _numbers(json, dict(prompt=prompt, scales=sorted(pictures), tokens={f"f{i}": tokens_until(i) for i in pictures}, seeds=seeds))
 
+# %% ../nbs/07_cli.ipynb #d9abfa48
 def edit(
     image: str,         # The picture to change
     instruction: str,   # What to change, such as "make the red circle blue"
@@ -106,7 +100,7 @@ def edit(
 ):
     "Edit an image by an instruction: DIR/edit_0.png"
     if n < 1: raise UserError("--n must be at least 1")
-    i, folder, puma = parse_scale(scale), _folder(out), Puma(model)
+    i, folder, puma = parse_scale(scale), writable_folder(out), Puma(model)
     x = _photo(image, puma.side)
     files = [save_image(puma.edit(x, instruction, (i,), seed + k)[i][0], folder / f"edit_{k}.png") for k in range(n)]
     print("\n".join(map(str, files)))
@@ -134,7 +128,7 @@ def reconstruct(
     json: str = None    # File for the numbers
 ):
     "Encode an image and decode it at each scale: DIR/f0.png ... f4.png, PSNR and LPIPS."
-    scales, folder, puma = _scales(scale), _folder(out), Puma(model)
+    scales, folder, puma = _scales(scale), writable_folder(out), Puma(model)
     x = _photo(image, puma.side)
     pictures, rows = puma.reconstruct(x, scales, seed), []
     for i, p in pictures.items():
@@ -158,7 +152,7 @@ def train(
     p = get_preset(preset); p = stretched(p, stretch) if stretch != 1 else p
     if stretch <= 0: raise UserError("--stretch must be positive")
     if stage != "all" and stage not in STAGES: raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all")
-    folder = _folder(out)
+    folder = writable_folder(out)
     names = tuple(STAGES) if stage == "all" else (stage,)
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     train_system(p, folder, names, seed, resume, device, not quiet)

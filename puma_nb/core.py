@@ -6,8 +6,8 @@
 __all__ = ['GRID', 'SCALES', 'COARSE_TO_FINE', 'SIDES', 'TOKENS', 'PRESETS', 'MAX_PIXELS', 'tokens_until', 'UserError',
            'parse_scale', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset', 'DecoderPreset', 'MLLMPreset',
            'StagePreset', 'Preset', 'make_preset', 'get_preset', 'seed_of', 'np_rng', 'torch_rng', 'noise_for',
-           'pick_device', 'has_bf16', 'autocast', 'quietly', 'budget', 'load_image', 'to_pil', 'save_image',
-           'show_images', 'package_dir']
+           'pick_device', 'has_bf16', 'autocast', 'quietly', 'budget', 'load_image', 'writable_folder', 'to_pil',
+           'save_image', 'show_images', 'package_dir']
 
 # %% ../nbs/00_core.ipynb #0bfffd3f
 import hashlib, os
@@ -70,6 +70,7 @@ class AutoencoderPreset:
     norm_groups: int
     attention: bool         # self-attention in the middle block
 
+# %% ../nbs/00_core.ipynb #1d04b450
 @dataclass(frozen=True)
 class DecoderPreset:
     "One diffusion decoder; all five have this shape."
@@ -90,6 +91,7 @@ class DecoderPreset:
     sampling_steps: int
     guidance: float
 
+# %% ../nbs/00_core.ipynb #4cf7467e
 @dataclass(frozen=True)
 class MLLMPreset:
     "The language model and its loss."
@@ -277,6 +279,13 @@ def load_image(
     except Exception as e: raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
     if size: im = ImageOps.fit(im, (size, size), Image.LANCZOS) if crop else im.resize((size, size), Image.BILINEAR)
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 255
+
+def writable_folder(path): # A `Path`
+    "Make a folder that can be written to, or say why it cannot be."
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True); probe = Path(path) / ".write"; probe.touch(); probe.unlink()
+    except OSError as e: raise UserError(f"cannot write to {path}: {e.strerror or e}") from None
+    return Path(path)
 
 def to_pil(image): # 3 x H x W in 0..1
     "A tensor as a PIL image."

@@ -41,12 +41,13 @@ def caption_sample(scene, rng): # Image to text: always the full caption
     "`[IMG] image [/IMG] caption`"
     return _sample("understand", "caption", [draw_scene(scene)], [image(0, False), text(caption(scene), True)], scene, caption(scene))
 
-def question_sample(scene, rng, kinds=("yesno", "what")): # None where the scene has no such question
-    "`system [IMG] image [/IMG] question answer`; the loss is on the answer alone (A.2.4)."
-    kind = str(rng.choice(kinds))
-    if (qa := question(scene, kind, rng)) is None: return None
-    q, a = qa
-    return _sample("understand", f"vqa_{kind}", [draw_scene(scene)], [text(SYSTEM, False), image(0, False), text(q, False), text(a, True)], scene, a)
+def question_sample(scene, rng, kinds=("yesno", "what"), turns=1): # None where the scene has no such question
+    "`system [IMG] image [/IMG] question answer ...`; the loss is on the answers alone (A.2.4)."
+    asked = [str(k) for k in rng.choice(kinds, turns)]
+    turns = {qa[0]: qa[1] for k in asked if (qa := question(scene, k, rng))}  # no question twice
+    if not turns: return None
+    talk = [text(t, learn) for q, a in turns.items() for t, learn in ((q, False), (a, True))]
+    return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], [text(SYSTEM, False), image(0, False), *talk], scene, talk[1]["text"])
 
 def edit_sample(scene, rng, kinds=EDITS): # None where the scene does not allow the edit
     "`[IMG] source [/IMG] instruction [IMG] target [/IMG]`"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE_SCALES', 'build_autoencoder', 'AutoencoderTask', 'Latents', 'standardize', 'load_latents', 'noise_schedule',
-           'sincos_2d', 'Decoder', 'build_decoder', 'DecoderTask', 'decoder_data', 'guided', 'ddim_by_hand',
-           'DecoderPipeline', 'make_scheduler', 'Decoders', 'fidelity_diversity', 'train_autoencoder', 'specialise',
-           'BaseDecoder', 'train_decoders']
+           'sincos_2d', 'Decoder', 'build_decoder', 'snr_weight', 'DecoderTask', 'decoder_data', 'guided',
+           'ddim_by_hand', 'DecoderPipeline', 'make_scheduler', 'Decoders', 'fidelity_diversity', 'train_autoencoder',
+           'BaseDecoder', 'specialise', 'train_decoders']
 
 # %% ../nbs/02_decoders.ipynb #c8a0044e
 import shutil, time
@@ -93,6 +93,7 @@ class Latents:
         self.vae.register_to_config(latents_mean=[float(v) for v in self.mean], latents_std=[float(v) for v in self.std])
         self.vae.save_pretrained(path)
 
+# %% ../nbs/02_decoders.ipynb #12083eb8
 def standardize(vae, images): # -> Latents
     "Measure the latents' mean and standard deviation per channel."
     raw = Latents(vae); z = raw.encode_many(images)
@@ -154,7 +155,13 @@ def build_decoder(preset: Preset, scale: int, normalize: bool = True):
     return Decoder(preset.encoder.hidden_size, scale, a.latent_channels, preset.encoder.image_size // 2 ** (len(a.channels) - 1), d.channels, d.layers_per_block, d.heads,
                    d.cross_size, d.norm_groups, d.position_scales, d.coordinates, normalize, d.attention == "fused").to(memory_format=torch.channels_last)
 
-# %% ../nbs/02_decoders.ipynb #b3b1ec2e
+# %% ../nbs/02_decoders.ipynb #e2eeeefa
+def snr_weight(schedule, t, cap: float, prediction: str): # B weights
+    "Min-SNR weights of the squared error at time steps t."
+    snr = compute_snr(schedule, t)
+    return snr.clamp(max=cap) / ((snr + 1) if prediction == "v_prediction" else snr)
+
+# %% ../nbs/02_decoders.ipynb #6eb1b83d
 class DecoderTask(Task):
     "Train one decoder; `scales` with more than one entry is the common base, a batch at a time."
     def __init__(self, preset: Preset, decoder, data: dict, scales=(2,), name="decoder", seed: int = 0):
@@ -194,10 +201,7 @@ class DecoderTask(Task):
         xt = self.schedule.add_noise(b["x0"], b["noise"], b["t"]).to(memory_format=torch.channels_last)
         target = self.schedule.get_velocity(b["x0"], b["noise"], b["t"]) if d.prediction == "v_prediction" else b["noise"]
         error = (model(xt, b["t"], b["features"], b["position"]).float() - target) ** 2
-        if d.min_snr:
-            snr = compute_snr(self.schedule, b["t"])
-            w = snr.clamp(max=d.min_snr) / ((snr + 1) if d.prediction == "v_prediction" else snr)
-            error = error * w.view(-1, 1, 1, 1)
+        if d.min_snr: error = error * snr_weight(self.schedule, b["t"], d.min_snr, d.prediction).view(-1, 1, 1, 1)
         return dict(denoise=error.sum())
 
 # %% ../nbs/02_decoders.ipynb #a9a045a7
@@ -257,6 +261,7 @@ class DecoderPipeline(DiffusionPipeline):
             x = self.scheduler.step(v, t, x, **(dict(generator=g) if takes_generator else {})).prev_sample
         return latents.decode(x)
 
+# %% ../nbs/02_decoders.ipynb #21d60a92
 def make_scheduler(name: str, p: DecoderPreset):
     "A diffusers scheduler by name, with SDXL's noise schedule."
     cls = getattr(diffusers, name, None)
@@ -322,15 +327,7 @@ def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, pr
     latents.save(out / "autoencoder")
     finish_stage(out, "autoencoder", stage, dict(psnr=(psnr(back, images.float() / 255).mean(), 28), oracle=(score["attributes"], 0.97)), seconds=round(time.time() - begun), speed=speed)
 
-BASE_SCALES = (2, 2, 3, 2, 1, 2, 4, 2, 0, 3)  # the base's diet, a batch each: mostly f2 (ours)
-
-def specialise(base: Decoder, preset: Preset, scale: int, stats: FeatureStats): # A dedicated decoder
-    "Copy the base, give it one scale's statistics and its own position table."
-    d = build_decoder(preset, scale)
-    d.load_state_dict({k: v for k, v in base.state_dict().items() if k in d.state_dict() and k != "embed_img_pos"}, strict=False)
-    d.feature_mean.copy_(stats.mean[scale]); d.feature_std.copy_(stats.std[scale])
-    return d
-
+# %% ../nbs/02_decoders.ipynb #0525b99e
 class BaseDecoder(nn.Module):
     "The common base: one UNet, and a position table for each scale."
     def __init__(self, preset: Preset):
@@ -346,6 +343,16 @@ class BaseDecoder(nn.Module):
         if net.config.coordinates: latents = torch.cat([latents, net.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
         return net.unet(latents, timestep, encoder_hidden_states=e).sample
 
+BASE_SCALES = (2, 2, 3, 2, 1, 2, 4, 2, 0, 3)  # the base's diet, a batch each: mostly f2 (ours)
+
+def specialise(base: Decoder, preset: Preset, scale: int, stats: FeatureStats): # A dedicated decoder
+    "Copy the base, give it one scale's statistics and its own position table."
+    d = build_decoder(preset, scale)
+    d.load_state_dict({k: v for k, v in base.state_dict().items() if k in d.state_dict() and k != "embed_img_pos"}, strict=False)
+    d.feature_mean.copy_(stats.mean[scale]); d.feature_std.copy_(stats.std[scale])
+    return d
+
+# %% ../nbs/02_decoders.ipynb #06ef3778
 def train_decoders(preset: Preset, out, seed=0, resume=False, device=None, progress=True, scales=SCALES):
     "Stage `decoders`: the common base, then one decoder for each scale with the paper's ratio of steps."
     begun, out = time.time(), Path(out)

@@ -47,8 +47,10 @@ def build_sequence(
     "`<s> text [IMG] f4 f3 ... [/IMG] text </s>`"
     boi, eoi = tokenizer.convert_tokens_to_ids(["[IMG]", "[/IMG]"])
     s = Sequence(); s.add([tokenizer.bos_token_id], False)
-    for g in segments:
-        if g["kind"] == "text": s.add(g.get("ids") or to_ids(tokenizer, g["text"]), g["supervised"])
+    for k, g in enumerate(segments):
+        if g["kind"] == "text":
+            s.add(g.get("ids") or to_ids(tokenizer, g["text"]), g["supervised"])
+            if g["supervised"] and k + 1 < len(segments): s.add([tokenizer.eos_token_id], True)  # the end of a turn
         else:
             s.add([boi], g["supervised"])
             s.add([tokenizer.pad_token_id] * tokens_until(stop if g["supervised"] else min(read, 4)), g["supervised"], g["image"])
@@ -127,6 +129,7 @@ class PumaForConditionalGeneration(PreTrainedModel):
     def write_feature(self, hidden): return self.out_projector(hidden)          # -> ... x C, normalised units
     def write_text(self, hidden): return self.language_model.lm_head(hidden)    # -> ... x vocabulary
 
+# %% ../nbs/03_mllm.ipynb #fdefb194
 def build_mllm(preset: Preset, tokenizer, stats: FeatureStats = None):
     "A multi-granular language model of a preset's size, random weights."
     m = preset.mllm
@@ -204,6 +207,7 @@ class MLLMTask(Task):
         rest = [p for n, p in self.model.named_parameters() if "projector" not in n]
         return [dict(params=projectors, lr=stage.lr_projector or stage.lr), dict(params=rest, lr=stage.lr)]
 
+# %% ../nbs/03_mllm.ipynb #9515f417
 def prepare_samples(
     samples: dict,     # name -> list of samples of `world_samples`
     tokenizer, encoder,
@@ -244,6 +248,7 @@ def write_image(
         mask = F.pad(mask, (0, 1), value=1)
     return grids
 
+# %% ../nbs/03_mllm.ipynb #7415f7b8
 @torch.no_grad()
 def write_text(
     model, b,            # A left-padded batch of `collate`

@@ -79,6 +79,7 @@ def near_miss(t: str, rng): # The caption with one shape (mostly) or colour exch
     words[k] = str(rng.choice([v for v in values if v != words[k]]))
     return " ".join(words).replace(" ,", ",").replace(" .", ".")
 
+# %% ../nbs/01_pyramid.ipynb #65ef364e
 class EncoderNet(nn.Module):
     "A CLIP with extra heads: patches against captions, and cells of each scale to their pixels."
     def __init__(self, p: EncoderPreset, tokenizer):
@@ -105,6 +106,7 @@ def cell_pixels(images, side: int): # B x 3 x H x W -> B x N x 3*side*side
     "The pixels of each cell of side x side, row-major."
     return F.unfold(images, side, stride=side).transpose(1, 2)
 
+# %% ../nbs/01_pyramid.ipynb #f30d7e74
 def contrastive(
     u,    # B x D image vectors of length one
     v,    # B x D caption vectors, and after them any number of wrong captions

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Task', 'lr_factor', 'save_tensors', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'train_step', 'Interrupted',
-           'make_accelerator', 'fit', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
-           'stretched', 'read_log', 'plot_log']
+           'make_accelerator', 'Log', 'read_log', 'fit', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage',
+           'finish_stage', 'stretched', 'plot_log']
 
 # %% ../nbs/00c_training.ipynb #6444d598
 import json, math, os, shutil, signal, time
@@ -50,6 +50,7 @@ def save_tensors(tensors: dict, path): # safetensors wants contiguous tensors th
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, tmp)
     os.replace(tmp, path)
 
+# %% ../nbs/00c_training.ipynb #6a3a30be
 def save_checkpoint(folder, step, model, optimizer, ema, state, keep: int = 2):
     "Write `folder/step_N` atomically and drop all but the last `keep`."
     final = Path(folder) / f"step_{step:07d}"; tmp = final.with_name(final.name + ".tmp")
@@ -130,6 +131,45 @@ def make_accelerator(device: str = None, bf16: bool = True):
     AcceleratorState._reset_state()
     return Accelerator(cpu=dev.type == "cpu", mixed_precision="bf16" if bf16 and has_bf16(dev) else "no")
 
+# %% ../nbs/00c_training.ipynb #3cdefdc8
+class Log:
+    "Running means of what steps report: rows in memory, and lines of a file."
+    def __init__(self, path=None, upto: int = 0, running: dict = None):
+        self.path, self.rows, self.running = path, [], dict(running or {})
+        self.begun = self.last = time.time()
+        if path and path.exists() and upto: self.rows = [r for r in read_log(path) if r["step"] <= upto]
+        if path: path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+
+    def add(self, terms: dict):
+        "Take up the terms of one step."
+        for k, v in terms.items():
+            total, n = self.running.get(k, (0.0, 0)); self.running[k] = (total + float(v), n + 1)
+
+    def write(self, step: int, batch: int, lr: float): # The row
+        "Close a row: the means since the last one."
+        now, steps = time.time(), self.running["loss"][1]
+        row = dict(step=step, **{k: total / n for k, (total, n) in self.running.items()}, lr=lr,
+                   samples_per_second=round(batch * steps / max(1e-9, now - self.last), 2), seconds=round(now - self.begun, 1))
+        self.rows.append(row); self.running, self.last = {}, now
+        if self.path:
+            with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
+        return row
+
+def read_log(path): # A JSONL file
+    "A log as a list of dicts."
+    return [json.loads(r) for r in Path(path).read_text().splitlines()]
+
+# %% ../nbs/00c_training.ipynb #c539e2ac
+def _prepare(task, stage, accelerator, folder, resume): # (model, optimizer, ema, state)
+    "Everything that a run carries from step to step."
+    optimizer = torch.optim.AdamW(task.groups(stage), lr=stage.lr, weight_decay=stage.weight_decay, fused=accelerator.device.type in ("cpu", "cuda"))
+    model, optimizer = accelerator.prepare(task.model.to(accelerator.device).train(), optimizer)
+    bare = accelerator.unwrap_model(model)
+    ema = EMAModel([p for p in bare.parameters() if p.requires_grad], decay=stage.ema) if stage.ema else None
+    state = load_checkpoint(folder, bare, optimizer.optimizer, ema) if folder and resume else None
+    return model, optimizer, ema, state or dict(step=0, running={})
+
+# %% ../nbs/00c_training.ipynb #80c159c8
 def fit(
     task: Task,
     stage: StagePreset,
@@ -145,54 +185,32 @@ def fit(
     progress: bool = True
 ): # The log: a list of dicts
     "Train a task. The model ends with its averaged weights, if the stage asks for averaging."
-    accelerator = make_accelerator(device)
-    torch.manual_seed(seed_of(seed, name))
-    optimizer = torch.optim.AdamW(task.groups(stage), lr=stage.lr, weight_decay=stage.weight_decay, fused=accelerator.device.type in ("cpu", "cuda"))
-    peaks = [g["lr"] for g in optimizer.param_groups]
-    model, optimizer = accelerator.prepare(task.model.to(accelerator.device).train(), optimizer)
-    bare = accelerator.unwrap_model(model)
+    accelerator, out = make_accelerator(device), out and writable_folder(out)
+    main, folder = accelerator.is_main_process, out and out / "checkpoints"
+    model, optimizer, ema, state = _prepare(task, stage, accelerator, folder, resume)
+    bare, peaks = accelerator.unwrap_model(model), [g["lr"] for g in task.groups(stage)]
     params = [p for p in bare.parameters() if p.requires_grad]
-    ema = EMAModel(params, decay=stage.ema) if stage.ema else None
-    log, state, main = [], dict(step=0, running={}), accelerator.is_main_process
-    if out:
-        out = Path(out); folder, log_file = out / "checkpoints", out / "log.jsonl"
-        try: out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
-        if resume: state = load_checkpoint(folder, bare, optimizer.optimizer, ema) or state
-        if main:
-            if log_file.exists():  # cut the log to the checkpoint's step
-                log = [r for r in map(json.loads, log_file.read_text().splitlines()) if r["step"] <= state["step"]] if state["step"] else []
-            log_file.write_text("".join(json.dumps(r) + "\n" for r in log))
-    running, begun, last = dict(state["running"]), time.time(), time.time()
+    log = Log(out / "log.jsonl" if out and main else None, state["step"], state["running"])
     flag, undo = _catch_signals()
     bar = tqdm(range(state["step"], stage.steps), initial=state["step"], total=stage.steps, desc=name, disable=not (progress and main), mininterval=1.0)
     try:
         for step in bar:
             for g, peak in zip(optimizer.param_groups, peaks): g["lr"] = peak * lr_factor(step, stage.steps, stage.warmup, stage.schedule)
             torch.manual_seed(seed_of(seed, name, step))
-            logs = train_step(accelerator, task, model, np.arange(step * stage.batch, (step + 1) * stage.batch), step, accumulate)
-            norm = accelerator.clip_grad_norm_(params, stage.clip)
+            terms = train_step(accelerator, task, model, np.arange(step * stage.batch, (step + 1) * stage.batch), step, accumulate)
+            norm, done = accelerator.clip_grad_norm_(params, stage.clip), step + 1
             if not torch.isfinite(norm): raise UserError(f"{name}: the gradient is not finite at step {step}; lower the learning rate, or resume from the last checkpoint")
             optimizer.step(); optimizer.zero_grad(set_to_none=True)
             if ema: ema.step(params)
-            for k, v in {**logs, "grad_norm": norm}.items():
-                total, n = running.get(k, (0.0, 0)); running[k] = (total + float(v), n + 1)
-            done = step + 1
-            if done % log_every == 0 or done == stage.steps:
-                row = dict(step=done, **{k: t / n for k, (t, n) in running.items()}, lr=optimizer.param_groups[0]["lr"],
-                           samples_per_second=round(stage.batch * running["loss"][1] / max(1e-9, time.time() - last), 2), seconds=round(time.time() - begun, 1))
-                running, last = {}, time.time(); log.append(row)
-                if out and main:
-                    with open(log_file, "a") as f: f.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if out and main and (done % save_every == 0 or flag["stop"] or done == stage.steps):
-                save_checkpoint(folder, done, bare, optimizer.optimizer, ema, dict(running=running))
-            if sample_every and main and done % sample_every == 0: task.sample(bare, done, out / "samples" if out else None)
+            log.add({**terms, "grad_norm": norm}); last = done == stage.steps
+            if done % log_every == 0 or last: bar.set_postfix(loss=f"{log.write(done, stage.batch, optimizer.param_groups[0]['lr'])['loss']:.4f}")
+            if out and main and (done % save_every == 0 or flag["stop"] or last): save_checkpoint(folder, done, bare, optimizer.optimizer, ema, dict(running=log.running))
+            if sample_every and main and done % sample_every == 0: task.sample(bare, done, out and out / "samples")
             if flag["stop"]: raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
     finally: undo(); bar.close()
     if ema: ema.copy_to(params)
     bare.eval()
-    return log
+    return log.rows
 
 # %% ../nbs/00c_training.ipynb #aa97b741
 def matmul_ceiling(device="cpu", n: int = 1536, rounds: int = 7): # FLOP/s
@@ -244,10 +262,6 @@ def stretched(preset: Preset, factor: float): # The same preset with longer stag
     return replace(preset, stages=longer)
 
 # %% ../nbs/00c_training.ipynb #8232c9da
-def read_log(path): # A JSONL file
-    "A log as a list of dicts."
-    return [json.loads(r) for r in Path(path).read_text().splitlines()]
-
 def plot_log(
     log,           # List of dicts, or {label: list}
     terms=("loss",),

@@ -230,6 +230,7 @@ def _pieces(distance, image, least):
         strong = [c for c in range(len(COLORS)) if (core & (nearest == c)).sum() >= max(least, 0.25 * core.sum())]
         yield from [mask & (nearest == c) for c in strong] if len(strong) > 1 else [mask]
 
+# %% ../nbs/00a_world.ipynb #a52834b8
 def _drawings(side):
     "Each shape at radii of 3 to 10 pixels of 32, centred: the oracle's templates."
     out = {}
@@ -255,6 +256,7 @@ def _shape_of(alpha):
         best = max(best, (np.minimum(alpha, moved).sum() / np.maximum(alpha, moved).sum(), shape))
     return best[1]
 
+# %% ../nbs/00a_world.ipynb #d965cc3c
 def read_scene(
     image,              # 3 x H x W; uint8 or 0..1
     min_area: float = 0.02 # Smallest thing, as a share of the image

@@ -69,6 +69,7 @@ class AutoencoderPreset:
     latent_channels: int
     norm_groups: int
     attention: bool         # self-attention in the middle block
+    image_size: int         # pixels of the pictures that go in and come out
 
 # %% ../nbs/00_core.ipynb #1d04b450
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ class DecoderPreset:
     "One diffusion decoder; all five have this shape."
     channels: tuple
     layers_per_block: int
-    heads: int
+    heads: int|tuple        # attention heads; a tuple gives each level its own
+    transformers: tuple     # transformer blocks at each level; 0: convolutions only
+    linear_projection: bool # how features enter and leave a transformer block: linear, or a convolution of one pixel
     cross_size: int         # width of the mapped features in cross-attention
     norm_groups: int
+    normalize: bool         # whether features are normalised with statistics kept in the decoder
     position_scales: tuple  # scales whose tokens get a position table
     coordinates: int        # extra input channels that say where a latent cell is
     prediction: str         # what the UNet predicts: "epsilon" or "v_prediction"
@@ -104,7 +108,7 @@ class MLLMPreset:
     rope_theta: float
     text_weight: float
     scale_weights: tuple    # f0..f4
-    feature_noise: float    # largest noise on the features that are fed in while training
+    feature_noise: tuple    # largest noise on the features that are fed in while training, f0..f4
     depth_shares: tuple     # share of batches whose pyramids stop at f0..f4
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
@@ -159,19 +163,20 @@ _COSINE, _CLIP5 = ("cosine", "A.2"), (5.0, "A.2")
 
 # %% ../nbs/00_core.ipynb #5b97762c
 _NANO = {
-    "world": dict(train=(12000, _BUDGET), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, _BUDGET), conditions=(3000, _BUDGET)),
+    "world": dict(train=(12000, _BUDGET), val=(1000, "ours"), max_objects=(2, "ours"), edits=(12000, _BUDGET), conditions=(4000, _BUDGET)),
     "encoder": dict(image_size=(32, "ours: 224 in 4.1"), patch_size=(2, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(96, "ours: 1024 in CLIP-L"),
         layers=(4, "ours: 24 in CLIP-L"), heads=(3, "ours: 16 in CLIP-L"), mlp_size=(256, "ours: 4096 in CLIP-L"), projection_size=(64, "ours: 768 in CLIP-L")),
-    "autoencoder": dict(channels=((32, 64, 96), "ours"), layers_per_block=(1, "ours"), latent_channels=(8, "ours: 4 in SDXL"), norm_groups=(16, "ours"), attention=(False, "ours: on in SDXL")),
+    "autoencoder": dict(channels=((32, 64, 96), "ours"), layers_per_block=(1, "ours"), latent_channels=(8, "ours: 4 in SDXL"), norm_groups=(16, "ours"), attention=(False, "ours: on in SDXL"), image_size=(32, "ours: 1024 in SDXL")),
     "decoder": dict(channels=((64, 96), "ours: (320, 640, 1280) in SDXL"), layers_per_block=(1, "ours: 2 in SDXL"), heads=(2, "ours: few heads are faster"),
-        cross_size=(96, "ours: 2048 in SDXL"), norm_groups=(16, "ours"), position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
+        transformers=((1, 1), "ours: (0, 2, 10) in SDXL"), linear_projection=(False, "ours: linear in SDXL"),
+        cross_size=(96, "ours: 2048 in SDXL"), norm_groups=(16, "ours"), normalize=(True, "ours: not in [code]"), position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
         coordinates=(16, "ours: none in [code]"), prediction=("v_prediction", "ours: epsilon in SDXL"), noise_offset=(0.1, "A.1"), blank=(0.1, "A.1"),
         min_snr=(5.0, "ours"), feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"), attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
         sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"), sampling_steps=(12, "ours: 50 in [code]"), guidance=(1.0, "ours: away from black only brightens flat scenes, 25.0 against 16.5 dB at f0 on 12 images; 2.0 in [code]")),
     "mllm": dict(vocab_size=(512, "ours"), hidden_size=(192, "ours: 4096 in LLaMA-3 8B"), layers=(6, "ours: 32 in LLaMA-3 8B"), heads=(3, "ours: 32 in LLaMA-3 8B"),
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: one mean a scale; 1, 8, 64, 512, 1024 in A.2.1"),
-        feature_noise=(0.3, "ours: closes the gap to free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are eight times as long"),
+        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: full pyramids are eight times as long"),
         read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step takes 0.11 s instead of 0.16 s on two cores")),
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
@@ -192,7 +197,43 @@ _PICO = {
     "mllm": dict(hidden_size=(32, _FEW), layers=(2, _FEW), heads=(2, _FEW), kv_heads=(2, _FEW), mlp_size=(64, _FEW)),
     **{f"stage.{s}": dict(steps=(4, _FEW), batch=(8, _FEW), warmup=(1, _FEW)) for s in ("encoder", "autoencoder", "base", "f0", "f1", "f2", "f3", "f4", "pretrain", "instruct")},
 }
-PRESETS = dict(pico=make_preset("pico", _PICO, _NANO), nano=make_preset("nano", _NANO))
+
+# %% ../nbs/00_core.ipynb #87eb4faa
+_GPU = "ours: fits half an hour on one GPU"
+_MINI = {
+    "world": dict(train=(100000, _GPU), edits=(40000, _GPU), conditions=(20000, _GPU)),
+    "encoder": dict(image_size=(64, "ours"), patch_size=(4, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(128, "ours"), layers=(6, "ours"), heads=(4, "ours"), mlp_size=(384, "ours")),
+    "autoencoder": dict(channels=((48, 96, 128), "ours"), image_size=(64, "ours")),
+    "decoder": dict(channels=((80, 112), "ours"), heads=(4, "ours"), cross_size=(128, "ours"), attention=("fused", "ours: faster on a GPU")),
+    "mllm": dict(hidden_size=(256, "ours"), layers=(8, "ours"), heads=(4, "ours"), kv_heads=(4, "ours"), mlp_size=(688, "ours"), attention=("fused", "ours: faster on a GPU")),
+    **{f"stage.{s}": dict(steps=(n, _GPU), batch=(b, _GPU)) for s, n, b in (("encoder", 3000, 256), ("autoencoder", 6000, 64), ("base", 8000, 256), ("f0", 4000, 256), ("f1", 3000, 256),
+        ("f2", 2000, 256), ("f3", 1500, 256), ("f4", 1000, 256), ("pretrain", 10000, 192), ("instruct", 6000, 192))},
+}
+
+# %% ../nbs/00_core.ipynb #ce0b218d
+_CLIP, _SDXL, _LLAMA = "CLIP-L/14 (4.1)", "SDXL (4.1)", "LLaMA-3 8B (4.1)"
+def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "the paper names one rate")):
+    return dict(steps=(steps, source), batch=(batch, source), lr=(lr, source), warmup=(warmup, source), schedule=(schedule, source), clip=(clip, source),
+                weight_decay=(0.01, "ours: the optimiser's default"), ema=(0.0, "ours: the paper mentions none"), lr_projector=lr_projector)
+_RELEASED = _long(0, 1024, 8e-5, 0, "taken from its release", "linear", 1.0)
+_PAPER = {
+    "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
+    "encoder": dict(image_size=(224, "4.1"), patch_size=(14, _CLIP), hidden_size=(1024, _CLIP), layers=(24, _CLIP), heads=(16, _CLIP), mlp_size=(4096, _CLIP), projection_size=(768, _CLIP)),
+    "autoencoder": dict(channels=((128, 256, 512, 512), _SDXL), layers_per_block=(2, _SDXL), latent_channels=(4, _SDXL), norm_groups=(32, _SDXL), attention=(True, _SDXL), image_size=(1024, _SDXL)),
+    "decoder": dict(channels=((320, 640, 1280), _SDXL), layers_per_block=(2, _SDXL), heads=((5, 10, 20), _SDXL), transformers=((0, 2, 10), _SDXL), linear_projection=(True, _SDXL),
+        cross_size=(2048, "[code]"), norm_groups=(32, _SDXL), normalize=(False, "[code]"), position_scales=((0,), "[code]"), coordinates=(0, "[code]"), prediction=("epsilon", _SDXL), noise_offset=(0.1, "A.1"), blank=(0.1, "A.1"),
+        min_snr=(0.0, "the paper mentions none"), feature_noise=((0.0,) * 5, "the paper mentions none"), attention=("fused", "ours"), sampler=("DDPMScheduler", "[code]"), sampling_steps=(50, "[code]"), guidance=(2.0, "[code]")),
+    "mllm": dict(vocab_size=(128256, _LLAMA), hidden_size=(4096, _LLAMA), layers=(32, _LLAMA), heads=(32, _LLAMA), kv_heads=(8, _LLAMA), mlp_size=(14336, _LLAMA), rope_theta=(500000.0, _LLAMA),
+        text_weight=(0.02, "A.2.1"), scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
+        read_scale=(0, "3.3"), attention=("fused", "ours")),
+    "stage.encoder": _RELEASED, "stage.autoencoder": _RELEASED, "stage.base": _RELEASED,
+    **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", 1.0) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
+    "stage.pretrain": _long(100000, 2048, 3e-5, 2000, "A.2", "cosine", 5.0, (1e-4, "A.2")),
+    "stage.instruct": _long(20000, 2048, 1e-5, 1000, "A.2.4, text-to-image", "cosine", 5.0),
+}
+
+# %% ../nbs/00_core.ipynb #e26ada50
+PRESETS = dict(pico=make_preset("pico", _PICO, _NANO), nano=make_preset("nano", _NANO), mini=make_preset("mini", _MINI, _NANO), paper=make_preset("paper", _PAPER))
 
 def get_preset(name: str): # One of `PRESETS`
     "A preset by its name."

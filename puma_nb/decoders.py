@@ -9,7 +9,7 @@ __all__ = ['BASE_SCALES', 'build_autoencoder', 'AutoencoderTask', 'Latents', 'st
            'BaseDecoder', 'specialise', 'train_decoders']
 
 # %% ../nbs/02_decoders.ipynb #c8a0044e
-import shutil, time
+import json, shutil, time
 from dataclasses import replace
 from pathlib import Path
 import diffusers
@@ -20,8 +20,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixi
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
+from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPVisionModel
 from tqdm.auto import tqdm
 from .core import *
 from .world import *
@@ -31,20 +34,20 @@ from .metrics import *
 from .pyramid import *
 
 # %% ../nbs/02_decoders.ipynb #be264091
-def build_autoencoder(p: AutoencoderPreset, side: int):
+def build_autoencoder(p: AutoencoderPreset):
     "A diffusers autoencoder of a preset's size."
     n = len(p.channels)
     return AutoencoderKL(block_out_channels=p.channels, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
-                         layers_per_block=p.layers_per_block, latent_channels=p.latent_channels, norm_num_groups=p.norm_groups, sample_size=side, mid_block_add_attention=p.attention)
+                         layers_per_block=p.layers_per_block, latent_channels=p.latent_channels, norm_num_groups=p.norm_groups, sample_size=p.image_size, mid_block_add_attention=p.attention)
 
 class AutoencoderTask(Task):
     "Squared error, a little of the absolute error for crisp edges, and a touch of KL."
     def __init__(self, preset: Preset, seed: int = 0, images=None):
         self.preset, self.seed = preset, seed
         torch.manual_seed(seed_of(seed, "autoencoder"))
-        self.model = build_autoencoder(preset.autoencoder, preset.encoder.image_size).to(memory_format=torch.channels_last)
+        self.model = build_autoencoder(preset.autoencoder).to(memory_format=torch.channels_last)
         self.weights = dict(square=1.0, absolute=0.1, kl=1e-6)
-        self.images = world_images(preset, seed=seed)[0] if images is None else images
+        self.images = world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0] if images is None else images
 
     def batch(self, positions, step):
         device = next(self.model.parameters()).device
@@ -125,12 +128,14 @@ class Decoder(ModelMixin, ConfigMixin):
     "A stock SDXL-style UNet whose cross-attention reads image features."
     @register_to_config
     def __init__(self, feature_size: int, scale: int, latent_channels: int, latent_side: int, channels: tuple, layers_per_block: int, heads: int, cross_size: int,
-                 norm_groups: int, position_scales: tuple = (0,), coordinates: int = 0, normalize: bool = False, fused_attention: bool = True):
+                 norm_groups: int, position_scales: tuple = (0,), coordinates: int = 0, normalize: bool = False, fused_attention: bool = True,
+                 transformers: tuple = None, linear_projection: bool = False):
         super().__init__()
-        n = len(channels)
-        self.unet = UNet2DConditionModel(sample_size=latent_side, in_channels=latent_channels + coordinates, out_channels=latent_channels, layers_per_block=layers_per_block,
-            block_out_channels=channels, down_block_types=("CrossAttnDownBlock2D",) * n, up_block_types=("CrossAttnUpBlock2D",) * n, cross_attention_dim=cross_size,
-            attention_head_dim=heads, norm_num_groups=norm_groups, addition_embed_type=None)  # in diffusers attention_head_dim is the number of heads
+        depth = tuple(transformers or (1,) * len(channels))
+        self.unet = UNet2DConditionModel(sample_size=latent_side, in_channels=latent_channels + coordinates, out_channels=latent_channels, layers_per_block=layers_per_block, block_out_channels=channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if k else "DownBlock2D" for k in depth), up_block_types=tuple("CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(depth)),
+            transformer_layers_per_block=tuple(max(1, k) for k in depth), cross_attention_dim=cross_size, norm_num_groups=norm_groups, addition_embed_type=None,
+            attention_head_dim=heads, use_linear_projection=linear_projection)  # in diffusers attention_head_dim is the number of heads
         if not fused_attention: self.unet.set_attn_processor(AttnProcessor())
         self.mapping_layer = nn.Linear(feature_size, cross_size)
         if scale in position_scales: self.embed_img_pos = nn.Parameter(sincos_2d(SIDES[scale], cross_size)[None])
@@ -149,11 +154,11 @@ class Decoder(ModelMixin, ConfigMixin):
         if self.config.coordinates: latents = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
         return self.unet(latents, timestep, encoder_hidden_states=self.condition(features, position_weight)).sample
 
-def build_decoder(preset: Preset, scale: int, normalize: bool = True):
+def build_decoder(preset: Preset, scale: int, normalize: bool = None):
     "A decoder for one scale, random weights."
     d, a = preset.decoder, preset.autoencoder
-    return Decoder(preset.encoder.hidden_size, scale, a.latent_channels, preset.encoder.image_size // 2 ** (len(a.channels) - 1), d.channels, d.layers_per_block, d.heads,
-                   d.cross_size, d.norm_groups, d.position_scales, d.coordinates, normalize, d.attention == "fused").to(memory_format=torch.channels_last)
+    return Decoder(preset.encoder.hidden_size, scale, a.latent_channels, a.image_size // 2 ** (len(a.channels) - 1), d.channels, d.layers_per_block, d.heads,
+                   d.cross_size, d.norm_groups, d.position_scales, d.coordinates, d.normalize if normalize is None else normalize, d.attention == "fused", d.transformers, d.linear_projection).to(memory_format=torch.channels_last)
 
 # %% ../nbs/02_decoders.ipynb #e2eeeefa
 def snr_weight(schedule, t, cap: float, prediction: str): # B weights
@@ -179,7 +184,7 @@ class DecoderTask(Task):
         amount = torch.tensor(np.where(u[:, 1] < .5, u[:, 2] * d.feature_noise[scale], 0), dtype=torch.float32).view(-1, 1, 1)
         grid = grid + amount * self.data["stats"].std[scale] * noise_for(positions, *grid.shape[1:], keys=(*key, "features"))
         grid = torch.where(blank.view(-1, 1, 1), pyramid(self.data["black_f0"], scale)[scale], grid)
-        if len(self.scales) > 1: grid = self.data["stats"].normalize(grid, scale)  # a dedicated decoder does this itself
+        if d.normalize and len(self.scales) > 1: grid = self.data["stats"].normalize(grid, scale)  # a dedicated decoder does this itself
         noise = noise_for(positions, *x0.shape[1:], keys=(*key, "noise"))
         noise = noise + d.noise_offset * noise_for(positions, x0.shape[1], 1, 1, keys=(*key, "offset"))
         t = torch.tensor((u[:, 3] * 1000).astype(int))
@@ -313,6 +318,52 @@ def fidelity_diversity(
         out[i] = dict(psnr_r=psnr(a, x), lpips_r=lpips_distance(a, x), psnr_d=psnr(a, b), lpips_d=lpips_distance(a, b))
     return out
 
+# %% ../nbs/02_decoders.ipynb #ae95d968
+def _own_name(key): return key if key.startswith(("mapping_layer.", "embed_img_pos")) else f"unet.{key}"
+
+def _decoder_like(config: dict, scale: int, feature_size: int): # A `Decoder` on the meta device
+    "The decoder around a UNet of a released configuration."
+    levels = len(config["block_out_channels"])
+    wide = lambda v: tuple(v) if isinstance(v, (list, tuple)) else (v,) * levels
+    depth = tuple(k if "CrossAttn" in t else 0 for k, t in zip(wide(config.get("transformer_layers_per_block", 1)), config["down_block_types"]))
+    with torch.device("meta"):
+        return Decoder(feature_size, scale, config["in_channels"], config["sample_size"], tuple(config["block_out_channels"]), config["layers_per_block"], wide(config["attention_head_dim"]),
+                       config["cross_attention_dim"], config["norm_num_groups"], (0,), transformers=depth, linear_projection=config.get("use_linear_projection", False))
+
+def _compare(found: dict, wanted: dict, where):
+    "Every tensor there, none too many, each of its shape; or an error that names the first that is not."
+    for what, keys in (("lacks", wanted.keys() - found.keys()), ("has the unexpected", found.keys() - wanted.keys())):
+        if keys: raise UserError(f"{where}: the checkpoint {what} {sorted(keys)[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    for k, v in wanted.items():
+        if found[k].shape != v.shape: raise UserError(f"{where}: {k} has the shape {tuple(found[k].shape)}, wanted is {tuple(v.shape)}")
+
+# %% ../nbs/02_decoders.ipynb #2bf2dcb2
+@patch(cls_method=True)
+def from_puma_checkpoint(
+    cls: Decoder,
+    folder,     # Holds unet_1 ... unet_256
+    scale: int
+): # A `Decoder`
+    "Read one of the authors' released decoders."
+    path = Path(folder) / f"unet_{TOKENS[scale]}"
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
+    if not files or not (path / "config.json").exists(): raise UserError(f"{path}: config.json and diffusion_pytorch_model*.safetensors are needed there")
+    try: state = {_own_name(k): v for f in files for k, v in load_file(f).items()}
+    except (OSError, SafetensorError) as e: raise UserError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from None
+    if "mapping_layer.weight" not in state: raise UserError(f"{path}: the checkpoint lacks mapping_layer.weight")
+    decoder = _decoder_like(json.loads((path / "config.json").read_text()), scale, state["mapping_layer.weight"].shape[1])
+    _compare(state, decoder.state_dict(), path)
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval()
+
+@patch
+def save_puma_checkpoint(self: Decoder, folder):
+    "Write a decoder in the released layout."
+    if extra := [n for n in ("where", "feature_mean") if n in self.state_dict()]: raise UserError(f"the released layout has no place for {extra[0]}: only decoders without coordinates and statistics fit")
+    path = Path(folder) / f"unet_{TOKENS[self.config.scale]}"; path.mkdir(parents=True, exist_ok=True)
+    self.unet.save_config(path)
+    save_tensors({k.removeprefix("unet."): v for k, v in self.state_dict().items()}, path / "diffusion_pytorch_model.safetensors")
+
 # %% ../nbs/02_decoders.ipynb #e7fbde0e
 def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, progress=True):
     "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back."
@@ -349,7 +400,7 @@ def specialise(base: Decoder, preset: Preset, scale: int, stats: FeatureStats): 
     "Copy the base, give it one scale's statistics and its own position table."
     d = build_decoder(preset, scale)
     d.load_state_dict({k: v for k, v in base.state_dict().items() if k in d.state_dict() and k != "embed_img_pos"}, strict=False)
-    d.feature_mean.copy_(stats.mean[scale]); d.feature_std.copy_(stats.std[scale])
+    if d.config.normalize: d.feature_mean.copy_(stats.mean[scale]); d.feature_std.copy_(stats.std[scale])
     return d
 
 # %% ../nbs/02_decoders.ipynb #06ef3778

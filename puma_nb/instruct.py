@@ -24,7 +24,7 @@ from .system import *
 from .pretrain import *
 
 # %% ../nbs/05_instruct.ipynb #71bf0e23
-INSTRUCT_SHARES = dict(t2i=0.30, caption=0.10, edit=0.20, condition=0.12, question=0.28)  # ours: one model for all families
+INSTRUCT_SHARES = dict(t2i=0.28, caption=0.08, edit=0.36, condition=0.12, question=0.16)  # ours: one model for all families
 INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")  # ours: yes/no twice as often
 INSTRUCT_TURNS = 4  # ours: questions a conversation; an answer is one word, a caption twenty, and the loss counts words
 

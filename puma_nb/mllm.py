@@ -193,9 +193,9 @@ class MLLMTask(Task):
         names = mixture_ids(positions, self.shares, self.seed)
         segments = [self.sets[n][sample_ids([p], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, p in zip(names, positions)]
         b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale)) for g in segments], self.store, self.tokenizer.pad_token_id)
-        amount = torch.tensor([np_rng(self.seed, "amount", int(p)).random() * m.feature_noise for p in positions], dtype=torch.float32)
-        noise = noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))
-        b["inputs"] = b["features"] + noise * amount.view(-1, 1, 1) * b["learn"][..., None] * (b["slot"] >= 0)[..., None]
+        share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
+        amount = share * torch.tensor(m.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
+        b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))
         return {k: v.to(next(self.model.parameters()).device) for k, v in b.items()}
 
     def counts(self, b): return {k: int(v.sum()) for k, v in targets(b).items()}

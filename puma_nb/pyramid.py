@@ -117,11 +117,11 @@ def contrastive(
     return (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits[:, :len(u)].T, target, reduction="sum")) / 2
 
 # %% ../nbs/01_pyramid.ipynb #1e2e4201
-def world_images(preset: Preset, split: str = "train", n: int = None, seed: int = 0): # (N x 3 x H x W uint8, list of scenes)
+def world_images(preset: Preset, split: str = "train", n: int = None, seed: int = 0, side: int = None): # (N x 3 x H x W uint8, list of scenes)
     "Pictures and scenes of a split of the world."
     n = n or (preset.world.train if split == "train" else preset.world.val)
     scenes = [sample_scene(seed, i, split, preset.world.max_objects) for i in range(n)]
-    return torch.stack([draw_scene(s, preset.encoder.image_size) for s in scenes]), scenes
+    return torch.stack([draw_scene(s, side or preset.encoder.image_size) for s in scenes]), scenes
 
 class EncoderTask(Task):
     "Train the encoder on pictures and captions."

@@ -249,7 +249,8 @@ class DecoderPipeline(DiffusionPipeline):
         latents: Latents,    # Standardised autoencoder
         steps: int = 12,
         guidance: float = 1.0,
-        seeds=0              # One seed, or one for each row
+        seeds=0,             # One seed, or one for each row
+        bf16: bool = True    # bfloat16 where the device is good at it
     ): # B x 3 x H x W in 0..1
         "Decode features to images."
         d, B = self.decoder.config, len(features)
@@ -262,7 +263,7 @@ class DecoderPipeline(DiffusionPipeline):
         x = x * self.scheduler.init_noise_sigma
         takes_generator = "generator" in self.scheduler.step.__code__.co_varnames
         for t in self.scheduler.timesteps:
-            with autocast(device): v = guided(self.decoder, self.scheduler.scale_model_input(x, t).to(memory_format=torch.channels_last), t, features, null, guidance).float()
+            with autocast(device, bf16): v = guided(self.decoder, self.scheduler.scale_model_input(x, t).to(memory_format=torch.channels_last), t, features, null, guidance).float()
             x = self.scheduler.step(v, t, x, **(dict(generator=g) if takes_generator else {})).prev_sample
         return latents.decode(x)
 
@@ -290,12 +291,12 @@ class Decoders:
             if self.preset.decoder.attention != "fused": self.models[scale].unet.set_attn_processor(AttnProcessor())
         return self.models[scale]
 
-    def decode(self, features, scale: int, seeds=0, steps: int = None, guidance: float = None, sampler: str = None, batch: int = 100): # B x N x C -> B x 3 x H x W
+    def decode(self, features, scale: int, seeds=0, steps: int = None, guidance: float = None, sampler: str = None, batch: int = 100, bf16: bool = True): # B x N x C -> B x 3 x H x W
         "Images of features of one scale."
         d = self.preset.decoder
         pipe = DecoderPipeline(self.model(scale), self.latents.vae, make_scheduler(sampler or d.sampler, d))
         seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
-        return torch.cat([pipe(features[k:k + batch], self.null[scale], self.latents, steps or d.sampling_steps, d.guidance if guidance is None else guidance, seeds[k:k + batch]).cpu()
+        return torch.cat([pipe(features[k:k + batch], self.null[scale], self.latents, steps or d.sampling_steps, d.guidance if guidance is None else guidance, seeds[k:k + batch], bf16).cpu()
                           for k in range(0, len(features), batch)])
 
     def reconstruct(self, images, scales=SCALES, seeds=0, **kwargs): # {scale: B x 3 x H x W}

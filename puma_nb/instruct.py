@@ -81,5 +81,6 @@ def train_system(
 ):
     "Run stages one after the other, each from what the ones before left in `out`."
     for name in stages:
+        if not preset.stages["base" if name == "decoders" else name].steps: raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release, which this version cannot load yet: choose another preset")
         if resume and read_stage(out, name): print(f"{name}: finished before", flush=True); continue
         STAGES[name](preset, out, seed, resume, device, progress)

@@ -258,7 +258,7 @@ def finish_stage(
 
 def stretched(preset: Preset, factor: float): # The same preset with longer stages
     "Multiply the steps of every stage."
-    longer = {k: replace(s, steps=max(1, round(s.steps * factor))) for k, s in preset.stages.items()}
+    longer = {k: replace(s, steps=s.steps and max(1, round(s.steps * factor))) for k, s in preset.stages.items()}
     return replace(preset, stages=longer)
 
 # %% ../nbs/00c_training.ipynb #8232c9da

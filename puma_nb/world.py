@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'GROUNDS', 'PLACES', 'HELD_OUT', 'STYLES', 'QUESTIONS', 'EDITS', 'ATTRIBUTES', 'Thing', 'Scene',
-           'scene_from_json', 'draw_thing', 'draw_scene', 'shape_map', 'content', 'split_of', 'random_scene',
+           'scene_from_json', 'draw_thing', 'draw_scene', 'shape_map', 'content', 'split_of', 'redraw', 'random_scene',
            'sample_scene', 'article', 'caption', 'random_caption', 'question', 'edit', 'to_gray', 'read_scene',
            'score_scene', 'score_scenes', 'baselines', 'parse_caption']
 
@@ -110,6 +110,16 @@ def _touch(a, b): # direct neighbours among the 3 x 3 places
     (r, c), (s, d) = (divmod(PLACES.index(p), 3) for p in (a, b))
     return abs(r - s) + abs(c - d) <= 1
 
+def _freedom(n): # (smallest size, largest size, jitter), as shares of the image's side
+    "What a caption leaves open; two things must not touch."
+    return (0.34, 0.42, 0.03) if n == 1 else (0.32, 0.35, 0.012)
+
+def redraw(scene: Scene, rng): # A scene with the same content
+    "The same full caption, drawn anew: other sizes, another jitter, another shade."
+    lo, hi, j = _freedom(len(scene.things))
+    things = tuple(replace(t, size=float(rng.uniform(lo, hi)), dx=float(rng.uniform(-j, j)), dy=float(rng.uniform(-j, j))) for t in scene.things)
+    return replace(scene, things=things, shade=int(rng.integers(1, 2**31)))
+
 def random_scene(
     rng,                 # A NumPy generator
     max_objects: int = 2 # 1 to 4
@@ -118,7 +128,7 @@ def random_scene(
     n, places = rng.integers(1, max_objects + 1), []
     for p in rng.permutation(len(PLACES)):
         if len(places) < n and not any(_touch(PLACES[p], q) for q in places): places.append(PLACES[p])
-    lo, hi, j = (0.34, 0.42, 0.03) if len(places) == 1 else (0.32, 0.35, 0.012)
+    lo, hi, j = _freedom(len(places))
     things = [Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), p, float(rng.uniform(lo, hi)), *map(float, rng.uniform(-j, j, 2)))
               for p in sorted(places, key=PLACES.index)]
     return Scene(str(rng.choice(list(GROUNDS))), tuple(things), int(rng.integers(1, 2**31)))

@@ -118,7 +118,7 @@ def noise_schedule(p: DecoderPreset): # A diffusers scheduler, used for training
 def sincos_2d(side: int, size: int): # -> side*side x size
     "Sines and cosines of the cells' centres, x in one half of the channels and y in the other."
     c = (torch.arange(side) + 0.5) / side
-    freq = torch.pi * (GRID / 2) ** torch.linspace(0, 1, max(2, size // 4))[:size // 4]  # half a wave to eight across the image
+    freq = torch.pi * (GRID / 2) ** (torch.arange(size // 4) / max(1, size // 4 - 1))  # half a wave to eight across the image
     wave = lambda v: torch.cat([(v[:, None] * freq).sin(), (v[:, None] * freq).cos()], 1)
     y, x = wave(c)[:, None].expand(side, side, -1), wave(c)[None].expand(side, side, -1)
     return F.pad(torch.cat([x, y], -1).flatten(0, 1), (0, size - 4 * (size // 4)))

@@ -50,7 +50,7 @@ def build_sequence(
     for k, g in enumerate(segments):
         if g["kind"] == "text":
             s.add(g.get("ids") or to_ids(tokenizer, g["text"]), g["supervised"])
-            if g["supervised"] and k + 1 < len(segments): s.add([tokenizer.eos_token_id], True)  # the end of a turn
+            if g["supervised"] and k + 1 < len(segments) and not segments[k + 1]["supervised"]: s.add([tokenizer.eos_token_id], True)  # the end of a turn
         else:
             s.add([boi], g["supervised"])
             s.add([tokenizer.pad_token_id] * tokens_until(stop if g["supervised"] else min(read, 4)), g["supervised"], g["image"])

@@ -90,8 +90,8 @@ def load_checkpoint(folder, model, optimizer, ema): # The state, or None if ther
 def _global_counts(accelerator, task, micro):
     "Counts summed over micro-batches and processes."
     total = {}
-    for b in micro:
-        for k, v in task.counts(b).items(): total[k] = total.get(k, 0.0) + float(v)
+    for b, share in micro:
+        for k, v in task.counts(b).items(): total[k] = total.get(k, 0.0) + share * float(v)
     if accelerator.num_processes > 1:
         names = sorted(total)
         both = accelerator.reduce(torch.tensor([total[k] for k in names], device=accelerator.device), "sum")
@@ -100,12 +100,13 @@ def _global_counts(accelerator, task, micro):
 
 def train_step(accelerator, task, model, positions, step, accumulate=1): # Logged terms as tensors
     "Forward and backward of one global batch; gradients are left in `.grad`."
-    mine = task.choose(positions, step)[accelerator.process_index::accelerator.num_processes]
-    micro = [task.batch(p, step) for p in np.array_split(mine, accumulate)]
+    chosen = task.choose(positions, step)
+    pieces = np.array_split(chosen[accelerator.process_index::accelerator.num_processes], accumulate)
+    micro = [(task.batch(p if len(p) else chosen[:1], step), float(len(p) > 0)) for p in pieces]  # who has no sample computes along with weight zero
     counts, logs = _global_counts(accelerator, task, micro), {}
-    for k, b in enumerate(micro):
+    for k, (b, share) in enumerate(micro):
         with accelerator.autocast(): terms = task.losses(model, b, step)
-        terms = {t: v.float() / max(1.0, counts[t]) for t, v in terms.items()}
+        terms = {t: share * v.float() / max(1.0, counts[t]) for t, v in terms.items()}
         loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
         sync = accelerator.no_sync(model) if k + 1 < len(micro) else torch.enable_grad()
         with sync: accelerator.backward(loss * accelerator.num_processes)  # DDP averages; the counts are global already

@@ -193,7 +193,7 @@ def doctor(
     for k, v in found.items(): print(f"{k:14} {v}")
     say = []
     if not found["weights"]: say.append("no shipped weights: train them with puma-nb train --preset nano --out DIR and use --model DIR")
-    if found["device"] == "cpu": say.append("no GPU: presets pico and nano run here (nano is sized for about an hour on two cores)")
+    if found["device"] == "cpu": say.append("no GPU: presets pico and nano run here (nano trains in about an hour on two cores)")
     if not found["bf16"]: say.append("no fast bfloat16 here: everything runs in float32, more slowly")
     if found["free_disk_gb"] < 2: say.append("less than 2 GB of disk: training writes about 0.3 GB of checkpoints")
     for s in say: print("note:", s)

@@ -52,10 +52,11 @@ def show_table(result): # A result of `table_1`, `table_6` or `table_world`
     "A table as text: ours first, then the paper's rows."
     rows = result["rows"] + [dict(r, model=f"paper: {r['model']}") for r in PAPER.get(result["table"], [])]
     keys = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)
-    width = {k: max(len(k), *(len(cell(r.get(k))) for r in rows)) for k in keys}
+    digits = lambda k: 2 if k.startswith("psnr") else 4 if k.startswith("lpips") else 3  # as many as the paper gives
+    cell = lambda k, v: "" if v is None else f"{v:.{digits(k)}f}" if isinstance(v, float) else str(v)
+    width = {k: max(len(k), *(len(cell(k, r.get(k))) for r in rows)) for k in keys}
     lines = [f"Table {result['table']} · preset {result['preset']} · n = {result['n']}", "  ".join(k.ljust(width[k]) for k in keys)]
-    lines += ["  ".join(cell(r.get(k)).ljust(width[k]) for k in keys) for r in rows]
+    lines += ["  ".join(cell(k, r.get(k)).ljust(width[k]) for k in keys) for r in rows]
     lines += ["protocol: " + ", ".join(f"{k} {v}" for k, v in result["protocol"].items())]
     for pair, m in result.get("intervals", {}).items(): lines.append(f"{pair}: " + ", ".join(f"{k} {a:+.4f} [{b:+.4f}, {c:+.4f}]" for k, (a, b, c) in m.items()))
     return "\n".join(lines)

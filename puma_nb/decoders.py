@@ -154,6 +154,7 @@ class Decoder(ModelMixin, ConfigMixin):
         if self.config.coordinates: latents = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
         return self.unet(latents, timestep, encoder_hidden_states=self.condition(features, position_weight)).sample
 
+# %% ../nbs/02_decoders.ipynb #b7f213c4
 def build_decoder(preset: Preset, scale: int, normalize: bool = None):
     "A decoder for one scale, random weights."
     d, a = preset.decoder, preset.autoencoder

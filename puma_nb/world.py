@@ -120,6 +120,7 @@ def redraw(scene: Scene, rng): # A scene with the same content
     things = tuple(replace(t, size=float(rng.uniform(lo, hi)), dx=float(rng.uniform(-j, j)), dy=float(rng.uniform(-j, j))) for t in scene.things)
     return replace(scene, things=things, shade=int(rng.integers(1, 2**31)))
 
+# %% ../nbs/00a_world.ipynb #81d5e969
 def random_scene(
     rng,                 # A NumPy generator
     max_objects: int = 2 # 1 to 4

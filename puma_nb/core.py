@@ -177,7 +177,7 @@ _NANO = {
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: one mean a scale; 1, 8, 64, 512, 1024 in A.2.1"),
         feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: full pyramids are eight times as long"),
-        read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step takes 0.11 s instead of 0.16 s on two cores")),
+        read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores")),
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
     "stage.base": _stage(3000, 64, 1.5e-3, 100, ema=_EMA),
@@ -199,13 +199,13 @@ _PICO = {
 }
 
 # %% ../nbs/00_core.ipynb #87eb4faa
-_GPU = "ours: fits half an hour on one GPU"
+_GPU = "ours: meant for half an hour on one GPU; not yet run"
 _MINI = {
     "world": dict(train=(100000, _GPU), edits=(40000, _GPU), conditions=(20000, _GPU)),
     "encoder": dict(image_size=(64, "ours"), patch_size=(4, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(128, "ours"), layers=(6, "ours"), heads=(4, "ours"), mlp_size=(384, "ours")),
     "autoencoder": dict(channels=((48, 96, 128), "ours"), image_size=(64, "ours")),
-    "decoder": dict(channels=((80, 112), "ours"), heads=(4, "ours"), cross_size=(128, "ours"), attention=("fused", "ours: faster on a GPU")),
-    "mllm": dict(hidden_size=(256, "ours"), layers=(8, "ours"), heads=(4, "ours"), kv_heads=(4, "ours"), mlp_size=(688, "ours"), attention=("fused", "ours: faster on a GPU")),
+    "decoder": dict(channels=((80, 112), "ours"), heads=(4, "ours"), cross_size=(128, "ours"), attention=("fused", "ours: the library's default")),
+    "mllm": dict(hidden_size=(256, "ours"), layers=(8, "ours"), heads=(4, "ours"), kv_heads=(4, "ours"), mlp_size=(688, "ours"), attention=("fused", "ours: the library's default")),
     **{f"stage.{s}": dict(steps=(n, _GPU), batch=(b, _GPU)) for s, n, b in (("encoder", 3000, 256), ("autoencoder", 6000, 64), ("base", 8000, 256), ("f0", 4000, 256), ("f1", 3000, 256),
         ("f2", 2000, 256), ("f3", 1500, 256), ("f4", 1000, 256), ("pretrain", 10000, 192), ("instruct", 6000, 192))},
 }
@@ -213,9 +213,9 @@ _MINI = {
 # %% ../nbs/00_core.ipynb #ce0b218d
 _CLIP, _SDXL, _LLAMA = "CLIP-L/14 (4.1)", "SDXL (4.1)", "LLaMA-3 8B (4.1)"
 def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "the paper names one rate")):
-    return dict(steps=(steps, source), batch=(batch, source), lr=(lr, source), warmup=(warmup, source), schedule=(schedule, source), clip=(clip, source),
+    return dict(steps=(steps, source), batch=(batch, source), lr=(lr, source), warmup=(warmup, source if warmup else "the paper names none"), schedule=(schedule, source), clip=clip,
                 weight_decay=(0.01, "ours: the optimiser's default"), ema=(0.0, "ours: the paper mentions none"), lr_projector=lr_projector)
-_RELEASED = _long(0, 1024, 8e-5, 0, "taken from its release", "linear", 1.0)
+_RELEASED = _long(0, 1024, 8e-5, 0, "taken from its release", "linear", (1.0, "taken from its release"))
 _PAPER = {
     "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
     "encoder": dict(image_size=(224, "4.1"), patch_size=(14, _CLIP), hidden_size=(1024, _CLIP), layers=(24, _CLIP), heads=(16, _CLIP), mlp_size=(4096, _CLIP), projection_size=(768, _CLIP)),
@@ -227,9 +227,9 @@ _PAPER = {
         text_weight=(0.02, "A.2.1"), scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
         read_scale=(0, "3.3"), attention=("fused", "ours")),
     "stage.encoder": _RELEASED, "stage.autoencoder": _RELEASED, "stage.base": _RELEASED,
-    **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", 1.0) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
-    "stage.pretrain": _long(100000, 2048, 3e-5, 2000, "A.2", "cosine", 5.0, (1e-4, "A.2")),
-    "stage.instruct": _long(20000, 2048, 1e-5, 1000, "A.2.4, text-to-image", "cosine", 5.0),
+    **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", (1.0, "A.1")) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
+    "stage.pretrain": _long(100000, 2048, 3e-5, 2000, "A.2", "cosine", (5.0, "A.2"), (1e-4, "A.2")),
+    "stage.instruct": _long(20000, 2048, 1e-5, 1000, "A.2.4, text-to-image", "cosine", (5.0, "inferred: as in pretraining, A.2")),
 }
 
 # %% ../nbs/00_core.ipynb #e26ada50

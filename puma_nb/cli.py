@@ -17,6 +17,7 @@ from .world import *
 from .training import *
 from .metrics import *
 from .pyramid import *
+from .decoders import PARTS
 from .system import *
 from .instruct import *
 from .eval import *
@@ -35,7 +36,11 @@ def _scales(text): # "all", or one of 0..4
     "Scales that the user named."
     return SCALES if str(text) == "all" else (parse_scale(text),)
 
-def _photo(path, side): return load_image(path, side)[None]
+def _parts(text): # "all", "base", or scales with commas between
+    "Parts of the stage `decoders` that the user named."
+    return PARTS if text == "all" else tuple("base" if p == "base" else parse_scale(p) for p in text.split(","))
+
+def _photo(path, side, resize="crop"): return load_image(path, side, resize)[None]
 
 def _save_all(pictures, out): # {scale: n x 3 x H x W, or {number: image}}
     "Write DIR/f4_0.png, ..."
@@ -125,11 +130,12 @@ def reconstruct(
     model: str = None,  # Folder of a trained system; the shipped weights by default
     out: str = "out",   # Folder for f0.png ... f4.png
     seed: int = 0,      # Noise of the decoders
+    resize: str = "crop", # crop to the middle square, or squash the whole picture
     json: str = None    # File for the numbers
 ):
     "Encode an image and decode it at each scale: DIR/f0.png ... f4.png, PSNR and LPIPS."
     scales, folder, puma = _scales(scale), writable_folder(out), Puma(model)
-    x = _photo(image, puma.side)
+    x = _photo(image, puma.side, resize)
     pictures, rows = puma.reconstruct(x, scales, seed), []
     for i, p in pictures.items():
         save_image(p[0], folder / f"f{i}.png")
@@ -144,6 +150,11 @@ def train(
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
     stretch: float = 1.0,   # Multiplies the steps of every stage
+    parts: str = "all",     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
+    images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
+    cache: str = None,      # Folder that keeps features and latents from run to run
+    compile: store_true = False, # torch.compile: slow to start, faster steps
+    checkpointing: store_true = False, # Recompute activations: less memory, a third more work
     seed: int = 0,          # Seed of everything
     device: str = None,     # cpu, cuda or mps; the best there is by default
     quiet: store_true = False # No progress bars
@@ -154,8 +165,12 @@ def train(
     if stage != "all" and stage not in STAGES: raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all")
     folder = writable_folder(out)
     names = tuple(STAGES) if stage == "all" else (stage,)
+    if parts != "all" and stage != "decoders": raise UserError("--parts is for --stage decoders")
+    if images and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders; the others need captions")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
-    train_system(p, folder, names, seed, resume, device, not quiet)
+    p = running(p, compile=compile, checkpointing=checkpointing)
+    train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache))
+    if not is_main(): return
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
     print(f"system: {folder}   try: puma-nb demo --model {folder}")
@@ -165,20 +180,22 @@ def evaluate(
     table: str = "world",  # 1, 6, world, or all
     n: int = 200,          # Samples
     model: str = None,     # Folder of a trained system; the shipped weights by default
-    images: str = None,    # Score the images of this folder instead (with --prompts)
-    prompts: str = None,   # One caption a line for --images
+    images: str = None,    # Folder, saved dataset or hf:NAME:SPLIT for table 1; with --prompts: pictures to score
+    prompts: str = None,   # One caption a line: score the pictures of --images
+    resize: str = "squash", # How table 1 makes pictures square: squash (as the released code) or crop
     seed: int = 0,         # Which samples
     json: str = None       # File for the numbers
 ):
     "A table of the paper, or the world's scores, beside the paper's figures."
-    if images or prompts:
-        if not (images and prompts): raise UserError("--images and --prompts belong together")
+    if prompts:
+        if not images: raise UserError("--prompts needs --images: the pictures that were made from them")
         results = [score_files(images, prompts)]
+    elif images and table != "1": raise UserError("--images goes with --table 1, or with --prompts")
     else:
         if table in ("2", "3", "4", "5"): raise UserError(f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all")
         if table != "all" and table not in TABLES: raise UserError(f"unknown table {table!r}: choose one of {', '.join(TABLES)}, all")
         if n < 1: raise UserError("--n must be at least 1")
-        puma = Puma(model); results = [TABLES[t](puma, n, seed) for t in (TABLES if table == "all" else (table,))]
+        puma = Puma(model); results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize) if images else {})) for t in (TABLES if table == "all" else (table,))]
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from accelerate import PartialState
 from .core import *
 from .world import *
 from .data import *
@@ -60,6 +61,7 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
     task = PretrainTask(preset, model, tokenizer, sets, INSTRUCT_SHARES, store, "instruct", seed)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000)
+    if not is_main(): return
     speed = speed_report(task, stage, log); save_mllm(model, out / "instruct")
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
@@ -77,10 +79,12 @@ def train_system(
     seed: int = 0,
     resume: bool = False, # Skip finished stages, go on in the middle of an unfinished one
     device: str = None,
-    progress: bool = True
+    progress: bool = True,
+    **options             # stage -> what else it takes, say decoders=dict(parts=(0,))
 ):
-    "Run stages one after the other, each from what the ones before left in `out`."
+    "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
     for name in stages:
         if not preset.stages["base" if name == "decoders" else name].steps: raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release, which this version cannot load yet: choose another preset")
         if resume and read_stage(out, name): print(f"{name}: finished before", flush=True); continue
-        STAGES[name](preset, out, seed, resume, device, progress)
+        STAGES[name](preset, out, seed, resume, device, progress, **options.get(name, {}))
+        if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves

@@ -182,6 +182,8 @@ class MLLMTask(Task):
         model.language_model.set_attn_implementation("eager" if m.attention == "plain" else "sdpa")
         self.weights = dict(text=m.text_weight, **{f"f{i}": w for i, w in zip(SCALES, m.scale_weights)})
 
+    def checkpointing(self): self.model.language_model.gradient_checkpointing_enable()
+
     def stop(self, step): # the scale after which this step's images end: a function of the step
         return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
 

@@ -75,6 +75,7 @@ def train_pretrain(preset: Preset, out, seed=0, resume=False, device=None, progr
     task = PretrainTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, PRETRAIN_SHARES, store, "pretrain", seed)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     log = fit(task, stage, out / "pretrain", seed, resume, device, name="pretraining", progress=progress, sample_every=1000)
+    if not is_main(): return
     speed = speed_report(task, stage, log); save_mllm(task.model, out / "pretrain")
     puma, (images, scenes) = Puma(out, device, "pretrain"), world_images(preset, "val", min(200, preset.world.val), seed)
     captions, pictures = caption_score(puma, images, scenes), t2i_score(puma, scenes)

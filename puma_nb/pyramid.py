@@ -52,17 +52,28 @@ def vision_config(p: EncoderPreset):
 
 def preprocess(
     images, # B x 3 x H x W, uint8 or 0..1
-    side: int # Pixels the encoder wants
+    side: int, # Pixels the encoder wants
+    resize: str = "squash" # One of `RESIZES`
 ): # B x 3 x side x side, normalised
     "Resize to the encoder's side and normalise as CLIP does."
+    if resize not in RESIZES: raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if resize == "crop":
+        h, w = x.shape[-2:]; s = min(h, w)
+        x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
     if x.shape[-2:] != (side, side): x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
     m, s = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return (x - m) / s
 
-def encode(encoder, images): # -> B x 256 x C
-    "f0: the patch features of the last layer, class token dropped ([code])."
-    return encoder(pixel_values=preprocess(images, encoder.config.image_size)).last_hidden_state[:, 1:]
+def encode(
+    encoder, images,       # B x 3 x H x W
+    resize: str = "squash",
+    layer: int = -1        # -1: the last one ([code]); -2: the one before, as LLaVA takes
+): # B x 256 x C
+    "f0: the patch features of a layer, class token dropped ([code])."
+    x = preprocess(images, encoder.config.image_size, resize)
+    if layer == -1: return encoder(pixel_values=x).last_hidden_state[:, 1:]
+    return encoder(pixel_values=x, output_hidden_states=True).hidden_states[layer][:, 1:]
 
 # %% ../nbs/01_pyramid.ipynb #7808d945
 GRAY_SHARE = 0.15          # ours
@@ -178,13 +189,19 @@ def encode_images(
     encoder, images, # N x 3 x H x W
     batch: int = 200,
     dtype=torch.float32, # bfloat16 halves a cache
-    progress: bool = False
+    progress: bool = False,
+    resize: str = "squash",
+    layer: int = -1,
+    cache=None # Folder that keeps the result
 ): # N x 256 x C on the CPU
     "f0 of many images."
-    device, out = next(encoder.parameters()).device, []
-    for part in tqdm(images.split(batch), desc="features", disable=not progress):
-        with autocast(device): out.append(encode(encoder, part.to(device)).to("cpu", dtype))
-    return torch.cat(out)
+    device = next(encoder.parameters()).device
+    def build():
+        out = []
+        for part in tqdm(images.split(batch), desc="features", disable=not progress):
+            with autocast(device): out.append(encode(encoder, part.to(device), resize, layer).to("cpu", dtype))
+        return torch.cat(out)
+    return cached(cache, "f0", build, encoder, images, dtype, resize, layer, has_bf16(device))
 
 # %% ../nbs/01_pyramid.ipynb #4e68b647
 @dataclass
@@ -268,6 +285,7 @@ def train_encoder(
     begun, out, stage = time.time(), Path(out), preset.stages["encoder"]
     task = EncoderTask(preset, seed)
     log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder", progress=progress)
+    if not is_main(): return  # one process measures and saves
     net = task.model.cpu()
     encoder = CLIPVisionModel(vision_config(preset.encoder))
     encoder.load_state_dict(net.clip.vision_model.state_dict())

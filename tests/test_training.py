@@ -96,6 +96,17 @@ def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
     assert (whole - parts).norm() <= 1e-5 * whole.norm()
 
 
+def test_every_stage_trains_in_two_processes(tmp_path):
+    "`torchrun -m puma_nb.cli train`: all stages end, one process saves, and the system decodes."
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "puma_nb.cli", "train", "--preset", "pico", "--out", str(tmp_path / "two"), "--quiet", "--device", "cpu"],
+                          capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("system: ") == 1  # one process speaks
+    reports = {s: json.loads((tmp_path / "two" / s / "stage.json").read_text()) for s in ("encoder", "autoencoder", "decoders", "pretrain", "instruct")}
+    assert reports["pretrain"]["speed"]["processes"] == 2
+    assert main(["demo", "--model", str(tmp_path / "two"), "--out", str(tmp_path)]) == 0 and (tmp_path / "demo.png").exists()
+
+
 @pytest.mark.parametrize("argv", [
     ("generate", "   "), ("generate", "a cross", "--scale", "f7"), ("reconstruct", "missing.png"), ("reconstruct", "broken.png"), ("ask", "broken.png", "what?"),
     ("edit", "missing.png", "make it red"), ("train", "--preset", "huge"), ("train", "--preset", "paper"), ("train", "--stage", "nothing"), ("eval", "--table", "9"), ("nonsense",),

@@ -1,5 +1,5 @@
 "What crosses processes: a killed run, two processes, a read-only folder."
-import json, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
@@ -72,7 +72,7 @@ if kind == "mllm":
 else: task = DecoderTask(preset, build_decoder(preset, 2), decoder_data(preset, encoder, load_latents(root, "cpu"), world_images(preset)[0], stats), (2,))
 accelerator = make_accelerator("cpu", bf16=False)
 wrapped = accelerator.prepare(task.model)
-log = train_step(accelerator, task, wrapped, np.arange(12), 0)
+for step in range(4): log = train_step(accelerator, task, wrapped, np.arange(12 * step, 12 * step + 12), step)  # long and short pyramids; gradients add up
 if accelerator.is_main_process:
     torch.save(dict(processes=accelerator.num_processes, kind=str(accelerator.distributed_type), loss=float(log["loss"]), grads={n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}), out)
 """

@@ -17,13 +17,12 @@ from puma_nb.pyramid import encode_images, load_encoder, load_stats, pyramid, wo
 from puma_nb.training import make_accelerator, matmul_ceiling, step_flops, train_step
 
 
-def stepper(preset, data, scale, plain):
+def stepper(preset, data, scale, plain, compiled=False):
     "A function that does one training step: ours, or float32 with fused attention and an ordinary optimiser."
     torch.manual_seed(0)
     model = build_decoder(preset, scale)
-    if plain:
-        model = model.to(memory_format=torch.contiguous_format)
-        model.unet.set_attn_processor(AttnProcessor2_0())
+    if plain: model.unet.set_attn_processor(AttnProcessor2_0())
+    if compiled: model.compile()
     task, accelerator = DecoderTask(preset, model, data, (scale,)), make_accelerator("cpu", bf16=not plain)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain, foreach=False if not plain else None)
     model.train()
@@ -50,15 +49,25 @@ def interleaved(functions, rounds, inner):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--json")
+    p.add_argument("--compile", action="store_true", help="time the compiled step too (takes minutes to compile)")
     args = p.parse_args()
     nano, out = get_preset("nano"), {}
-    data = decoder_data(nano, load_encoder(), load_latents(), world_images(replace(nano, world=replace(nano.world, train=1000)))[0], load_stats())
+    few = world_images(replace(nano, world=replace(nano.world, train=1000)))[0]
+    online = replace(nano, decoder=replace(nano.decoder, features="online"))
+    kept, anew = (decoder_data(p, load_encoder(), load_latents(), few, load_stats()) for p in (nano, online))
+    read = lambda data: lambda k: data.rows(np.arange(k * 64, k * 64 + 64) % 1000)
+    a, b = interleaved([read(kept), read(anew)], args.rounds, 4)
+    out["data"] = dict(cached_ms=round(a * 1e3, 2), online_ms=round(b * 1e3, 2), ratio=round(b / a, 1))
+    print(f"64 images' features and latents: cached {a * 1e3:.1f} ms, encoded anew {b * 1e3:.1f} ms: {b / a:.0f}x")
     for scale in (0, 2):
-        (ours, task, batch), (plain, *_) = stepper(nano, data, scale, False), stepper(nano, data, scale, True)
-        a, b = interleaved((ours, plain), args.rounds, 4)
+        (ours, task, batch), (plain, *_), (naive, *_) = (stepper(nano, d, scale, p) for d, p in ((kept, False), (kept, True), (anew, True)))
+        extra = [stepper(nano, kept, scale, False, True)[0]] if args.compile else []
+        a, b, c, *d = interleaved([ours, plain, naive, *extra], args.rounds, 4)
         share = step_flops(task, nano.stages[f"f{scale}"]) / a / matmul_ceiling()
-        out[f"step_f{scale}"] = dict(ours=round(batch / a, 1), plain=round(batch / b, 1), ratio=round(b / a, 2), share_of_matmul_ceiling=round(share, 3))
-        print(f"training step f{scale}: ours {batch / a:6.1f} samples/s, float32 eager {batch / b:6.1f}: {b / a:.2f}x; {share:.1%} of the matmul ceiling ({'bf16' if has_bf16() else 'float32'})", flush=True)
+        out[f"step_f{scale}"] = dict(ours=round(batch / a, 1), plain=round(batch / b, 1), plain_online=round(batch / c, 1), ratio=round(b / a, 2), ratio_online=round(c / a, 2), share_of_matmul_ceiling=round(share, 3),
+                                     **({"compiled": round(batch / d[0], 1), "ratio_compiled": round(b / d[0], 2)} if d else {}))
+        print(f"training step f{scale}: ours {batch / a:6.1f} samples/s ({'bf16' if has_bf16() else 'float32'}, {share:.1%} of the matmul ceiling); float32 eager {batch / b:6.1f}: {b / a:.2f}x; "
+              f"the same without a cache {batch / c:6.1f}: {c / a:.2f}x" + (f"; compiled {batch / d[0]:6.1f}: {b / d[0]:.2f}x" if d else ""), flush=True)
     decoders, images = Decoders(nano), world_images(nano, "val", 50)[0]
     x, f2 = images.float() / 255, pyramid(encode_images(decoders.encoder, images), 2)[2]
     kinds = {"ours": dict(), "ddpm50": dict(steps=50, sampler="DDPMScheduler", bf16=False)}

@@ -182,6 +182,7 @@ def evaluate(
     model: str = None,     # Folder of a trained system; the shipped weights by default
     images: str = None,    # Folder, saved dataset or hf:NAME:SPLIT for table 1; with --prompts: pictures to score
     prompts: str = None,   # One caption a line: score the pictures of --images
+    lpips: str = "random", # Trunk of table 1's LPIPS: random, or alexnet (the paper's; torchvision downloads it)
     resize: str = "squash", # How table 1 makes pictures square: squash (as the released code) or crop
     seed: int = 0,         # Which samples
     json: str = None       # File for the numbers
@@ -195,7 +196,7 @@ def evaluate(
         if table in ("2", "3", "4", "5"): raise UserError(f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all")
         if table != "all" and table not in TABLES: raise UserError(f"unknown table {table!r}: choose one of {', '.join(TABLES)}, all")
         if n < 1: raise UserError("--n must be at least 1")
-        puma = Puma(model); results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize) if images else {})) for t in (TABLES if table == "all" else (table,))]
+        puma = Puma(model); results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize, trunk=lpips) if t == "1" else {})) for t in (TABLES if table == "all" else (table,))]
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_SCALES', 'PARTS', 'build_autoencoder', 'AutoencoderTask', 'Latents', 'standardize', 'load_latents',
            'noise_schedule', 'sincos_2d', 'Decoder', 'build_decoder', 'snr_weight', 'DecoderData', 'decoder_data',
-           'DecoderTask', 'guided', 'ddim_by_hand', 'DecoderPipeline', 'make_scheduler', 'Decoders',
+           'DecoderTask', 'guided', 'ddim_by_hand', 'annealed', 'DecoderPipeline', 'make_scheduler', 'Decoders',
            'fidelity_diversity', 'own_pictures', 'train_autoencoder', 'BaseDecoder', 'specialise', 'train_decoders']
 
 # %% ../nbs/02_decoders.ipynb #c8a0044e
@@ -148,10 +148,12 @@ class Decoder(ModelMixin, ConfigMixin):
         if normalize:
             self.register_buffer("feature_mean", torch.zeros(feature_size)); self.register_buffer("feature_std", torch.ones(feature_size))
 
+    def normalize(self, f): return (f - self.feature_mean) / self.feature_std if self.config.normalize else f
+    def denormalize(self, f): return f * self.feature_std + self.feature_mean if self.config.normalize else f
+
     def condition(self, features, position_weight=1.0): # B x N x C; weight 0 for unconditional rows ([code])
         "Features as the UNet's cross-attention reads them: B x N x cross_size."
-        if self.config.normalize: features = (features - self.feature_mean) / self.feature_std
-        e = self.mapping_layer(features)
+        e = self.mapping_layer(self.normalize(features))
         if hasattr(self, "embed_img_pos"): e = e + torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1) * self.embed_img_pos
         return e
 
@@ -270,6 +272,20 @@ def ddim_by_hand(decoder, schedule, x, features, null, times, guidance: float = 
         x = a[s].sqrt() * image + (1 - a[s]).sqrt() * noise if s is not None else image
     return x
 
+# %% ../nbs/02_decoders.ipynb #497feb05
+def annealed(
+    f,            # B x N x C features, normalised
+    t: float,     # Time as a share: 1 is pure noise
+    hide: float,  # Share of sampling before the features are fully seen: 0 changes nothing, 0.4 is the method's default
+    noise,        # Shape of f
+    ramp: float = 0.3 # How long the features take to appear (the method's default)
+): # B x N x C
+    "Features as condition-annealed sampling shows them at time t."
+    gamma = min(1.0, max(0.0, 1 - (t - (1 - hide)) / ramp))
+    if gamma == 1: return f
+    y, over = gamma**.5 * f + (1 - gamma)**.5 * noise, dict(dim=(1, 2), keepdim=True)
+    return (y - y.mean(**over)) / y.std(**over) * f.std(**over) + f.mean(**over)
+
 # %% ../nbs/02_decoders.ipynb #074c8459
 class DecoderPipeline(DiffusionPipeline):
     "Features of one scale to images."
@@ -285,7 +301,8 @@ class DecoderPipeline(DiffusionPipeline):
         steps: int = 12,
         guidance: float = 1.0,
         seeds=0,             # One seed, or one for each row
-        bf16: bool = True    # bfloat16 where the device is good at it
+        bf16: bool = True,   # bfloat16 where the device is good at it
+        anneal: float = 0.0  # Condition-annealed sampling: how long features stay hidden; 0 turns it off
     ): # B x 3 x H x W in 0..1
         "Decode features to images."
         d, B = self.decoder.config, len(features)
@@ -297,8 +314,12 @@ class DecoderPipeline(DiffusionPipeline):
         g = [torch_rng("steps", s) for s in seeds]
         x = x * self.scheduler.init_noise_sigma
         takes_generator = "generator" in self.scheduler.step.__code__.co_varnames
-        for t in self.scheduler.timesteps:
-            with autocast(device, bf16): v = guided(self.decoder, self.scheduler.scale_model_input(x, t).to(memory_format=memory_format(device)), t, features, null, guidance).float()
+        for k, t in enumerate(self.scheduler.timesteps):
+            seen = features
+            if anneal:
+                hidden = noise_for(seeds, *features.shape[1:], keys=("anneal", k)).to(device)
+                seen = self.decoder.denormalize(annealed(self.decoder.normalize(features), float(t) / 1000, anneal, hidden))
+            with autocast(device, bf16): v = guided(self.decoder, self.scheduler.scale_model_input(x, t).to(memory_format=memory_format(device)), t, seen, null, guidance).float()
             x = self.scheduler.step(v, t, x, **(dict(generator=g) if takes_generator else {})).prev_sample
         return latents.decode(x)
 
@@ -326,12 +347,12 @@ class Decoders:
             if self.preset.decoder.attention != "fused": self.models[scale].unet.set_attn_processor(AttnProcessor())
         return self.models[scale]
 
-    def decode(self, features, scale: int, seeds=0, steps: int = None, guidance: float = None, sampler: str = None, batch: int = 100, bf16: bool = True): # B x N x C -> B x 3 x H x W
+    def decode(self, features, scale: int, seeds=0, steps: int = None, guidance: float = None, sampler: str = None, batch: int = 100, bf16: bool = True, anneal: float = 0.0): # B x N x C -> B x 3 x H x W
         "Images of features of one scale."
         d = self.preset.decoder
         pipe = DecoderPipeline(self.model(scale), self.latents.vae, make_scheduler(sampler or d.sampler, d))
         seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
-        return torch.cat([pipe(features[k:k + batch], self.null[scale], self.latents, steps or d.sampling_steps, d.guidance if guidance is None else guidance, seeds[k:k + batch], bf16).cpu()
+        return torch.cat([pipe(features[k:k + batch], self.null[scale], self.latents, steps or d.sampling_steps, d.guidance if guidance is None else guidance, seeds[k:k + batch], bf16, anneal).cpu()
                           for k in range(0, len(features), batch)])
 
     def reconstruct(self, images, scales=SCALES, seeds=0, **kwargs): # {scale: B x 3 x H x W}
@@ -339,10 +360,11 @@ class Decoders:
         f0 = encode_images(self.encoder, images)
         return {i: self.decode(pyramid(f0, i)[i], i, seeds, **kwargs) for i in scales}
 
-# %% ../nbs/02_decoders.ipynb #adb2a13b
+# %% ../nbs/02_decoders.ipynb #89758b92
 def fidelity_diversity(
     decoders: Decoders, images, # N x 3 x H x W
     scales=SCALES,
+    trunk: str = "random",      # Of LPIPS: "random" or "alexnet"
     **kwargs                    # For `decode`: steps, guidance, sampler
 ): # {scale: {"psnr_r", "lpips_r", "psnr_d", "lpips_d"}: tensors of N}
     "Reconstruction against the original, and the difference between two seeds."
@@ -351,7 +373,7 @@ def fidelity_diversity(
     for i in scales:
         f = pyramid(f0, i)[i]
         a, b = (decoders.decode(f, i, seeds=[s + 2 * k for k in range(len(f))], **kwargs) for s in (0, 1))
-        out[i] = dict(psnr_r=psnr(a, x), lpips_r=lpips_distance(a, x), psnr_d=psnr(a, b), lpips_d=lpips_distance(a, b))
+        out[i] = dict(psnr_r=psnr(a, x), lpips_r=lpips_distance(a, x, trunk), psnr_d=psnr(a, b), lpips_d=lpips_distance(a, b, trunk))
     return out
 
 # %% ../nbs/02_decoders.ipynb #ae95d968
@@ -431,10 +453,15 @@ class BaseDecoder(nn.Module):
         if hasattr(self.net, "embed_img_pos"): del self.net.embed_img_pos
         self.tables = {TOKENS[i]: sincos_2d(SIDES[i], preset.decoder.cross_size) for i in preset.decoder.position_scales}
 
+    @property
+    def config(self): return self.net.config
+
+    def condition(self, features, position_weight=1.0): # normalised features, B x N x C; N tells the scale
+        table, e = self.tables.get(features.shape[1]), self.net.mapping_layer(features)
+        return e if table is None else e + torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1) * table.to(e)
+
     def forward(self, latents, timestep, features, position_weight=1.0):
-        net, table = self.net, self.tables.get(features.shape[1])
-        e = net.mapping_layer(features)
-        if table is not None: e = e + torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1) * table.to(e)
+        net, e = self.net, self.condition(features, position_weight)
         if net.config.coordinates: latents = torch.cat([latents, net.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
         return net.unet(latents, timestep, encoder_hidden_states=e).sample
 

@@ -40,14 +40,15 @@ def _flat(table, extra): # {scale: {metric: tensor}} -> rows
 def table_1(
     puma: Puma, n: int = 200, seed: int = 0,
     source=None,           # Pictures: see `image_files`; None takes the world's validation scenes
-    resize: str = "squash" # How pictures become square: see `RESIZES`
+    resize: str = "squash", # How pictures become square: see `RESIZES`
+    trunk: str = "random"   # Of LPIPS; "alexnet" is the paper's, and is downloaded
 ): # dict as `puma-nb eval --json` writes it
     "Reconstruction and diversity for each scale, with bootstrap intervals between neighbours."
     x, left_out = image_set(source, puma.preset.autoencoder.image_size, resize, n=n, seed=seed) if source else (world_images(puma.preset, "val", n, seed)[0], {})
-    raw = fidelity_diversity(puma.decoders, x)
+    raw = fidelity_diversity(puma.decoders, x, trunk=trunk)
     floor = puma.decoders.latents.decode(puma.decoders.latents.encode(x)).cpu()
     order = {f"f{i} - f{i + 1}": {k: [round(v, 4) for v in paired_bootstrap(raw[i][k], raw[i + 1][k])] for k in ("psnr_r", "lpips_r", "lpips_d")} for i in SCALES[:-1]}
-    protocol = dict(images=str(source or "world, validation split"), left_out=left_out or "none", side=puma.side, resize=resize if source else "none", lpips=lpips_net()[1], steps=puma.preset.decoder.sampling_steps,
+    protocol = dict(images=str(source or "world, validation split"), left_out=left_out or "none", side=puma.side, resize=resize if source else "none", lpips=lpips_net(trunk)[1], steps=puma.preset.decoder.sampling_steps,
                     sampler=puma.preset.decoder.sampler, guidance=puma.preset.decoder.guidance, seeds="2 an image", autoencoder_psnr=round(float(psnr(floor, x.float() / 255).mean()), 2))
     return dict(table="1", preset=puma.preset.name, n=len(x), protocol=protocol, rows=_flat(raw, lambda i: TOKENS[i]), intervals=order)
 

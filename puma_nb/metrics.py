@@ -27,9 +27,11 @@ def lpips_net(
 ): # (the network, its name for tables)
     "The LPIPS network with an AlexNet trunk."
     import lpips
+    if trunk not in ("random", "alexnet"): raise UserError(f"unknown LPIPS trunk {trunk!r}: random (ships with the package) or alexnet (torchvision downloads it)")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(open(os.devnull, "w")):
         warnings.simplefilter("ignore"); torch.manual_seed(0)
-        net = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=trunk == "random", verbose=False).eval().requires_grad_(False)
+        try: net = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=trunk == "random", verbose=False).eval().requires_grad_(False)
+        except OSError as e: raise UserError(f"AlexNet's weights cannot be downloaded ({str(e).splitlines()[0]}); --lpips random works without them") from None
     return net, "LPIPS (random trunk)" if trunk == "random" else "LPIPS (AlexNet)"
 
 @torch.no_grad()

@@ -273,8 +273,9 @@ def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best 
     if name:
         try: torch.empty(0, device=name)
         except (RuntimeError, AssertionError): raise UserError(f"device {name!r} is not there: choose cpu, cuda or mps, as this machine has it") from None
-        return torch.device(name)
-    if torch.cuda.is_available(): return torch.device("cuda")
+        if (d := torch.device(name)).type != "cuda": return d
+        if d.index is not None: torch.cuda.set_device(d)
+    if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))  # each process its own
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 def has_bf16(device="cpu"):

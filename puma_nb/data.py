@@ -126,18 +126,26 @@ def pixels(pictures): # PIL images of one size
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BROKEN = 0.1  # ours: with a larger share of unreadable files something else is wrong
 
-def image_files(source): # A list of what `load_image` reads
+class _Rows:
+    "The images of a `datasets` column, read when they are asked for."
+    def __init__(self, rows, column): self.rows, self.column = rows.select_columns(column).cast_column(column, ImageFeature(decode=False)), column
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, k): v = self.rows[int(k)][self.column]; return io.BytesIO(v["bytes"]) if v["bytes"] else v["path"]
+
+def image_files(source): # A sequence of what `load_image` reads
     "The pictures of a folder, of a saved dataset, or of `hf:NAME:SPLIT`."
     path = Path(source)
-    if str(source).startswith("hf:"):
-        name, _, split = str(source)[3:].partition(":"); rows = load_dataset(name, split=split or "test")
-    elif (path / "dataset_info.json").exists(): rows = load_from_disk(path)
-    elif path.is_dir(): return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    else: raise UserError(f"{source}: no such folder (a hub data set is named hf:NAME:SPLIT)")
+    try:
+        if str(source).startswith("hf:"):
+            name, _, split = str(source)[3:].partition(":"); rows = load_dataset(name, split=split or "test")
+        elif (path / "dataset_info.json").exists(): rows = load_from_disk(path)
+        elif path.is_dir(): return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        else: raise UserError(f"{source}: no such folder (a hub data set is named hf:NAME:SPLIT)")
+    except UserError: raise
+    except Exception as e: raise UserError(f"{source}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
     column = next((k for k, v in rows.features.items() if isinstance(v, ImageFeature)), None)
     if column is None: raise UserError(f"{source}: no column of images among {', '.join(rows.features)}")
-    rows = rows.select_columns(column).cast_column(column, ImageFeature(decode=False))
-    return [io.BytesIO(r[column]["bytes"]) if r[column]["bytes"] else r[column]["path"] for r in rows]
+    return _Rows(rows, column)
 
 def image_set(
     source,               # As for `image_files`
@@ -152,8 +160,8 @@ def image_set(
     files = image_files(source); images, skipped = [], Counter()
     for k in tqdm(np_rng("images", seed).permutation(len(files)), desc="pictures", disable=not progress):
         if len(images) == n: break
-        try: images.append((load_image(files[k], side, resize, min_side) * 255).round().byte())
-        except UserError as e: skipped[str(e).removeprefix(f"{files[k]}: ").split(" (")[0]] += 1
+        try: images.append((load_image(file := files[k], side, resize, min_side) * 255).round().byte())
+        except UserError as e: skipped[str(e).removeprefix(f"{file}: ").split(" (")[0]] += 1
     broken = sum(v for k, v in skipped.items() if k != "too small")
     if not images: raise UserError(f"{source}: no usable images there" + (f" ({dict(skipped)})" if skipped else ""))
     if broken > MAX_BROKEN * (broken + len(images)): raise UserError(f"{source}: {broken} of {broken + len(images)} pictures cannot be used ({dict(skipped)}); at most {MAX_BROKEN:.0%} may be broken")

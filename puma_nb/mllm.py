@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from fastcore.basics import patch
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from .core import *
 from .world import *
 from .data import *
@@ -321,3 +322,24 @@ def load_mllm(
     if not (path / "config.json").exists(): raise UserError(f"{path}: no language model there; train one with: puma-nb train --stage pretrain --out DIR")
     with quietly(): model = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     return model.to(pick_device(device)).eval(), PreTrainedTokenizerFast.from_pretrained(root / "tokenizer")
+
+# %% ../nbs/03_mllm.ipynb #52d81467
+AutoConfig.register("puma", PumaConfig); AutoModel.register(PumaConfig, PumaForConditionalGeneration)
+
+@patch(cls_method=True)
+def from_llama(
+    cls: PumaForConditionalGeneration,
+    folder,             # A LLaMA checkpoint, as `save_pretrained` writes it
+    tokenizer,          # Its tokenizer, with PUMA's special tokens added
+    stats: FeatureStats, # Of the image encoder
+    preset: str = "nano",
+    read_scale: int = 2
+):
+    "A multi-granular model around an existing language model."
+    if not (Path(folder) / "config.json").exists(): raise UserError(f"{folder}: no LLaMA checkpoint there (config.json is missing)")
+    with quietly(): llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if len(tokenizer) > llama.config.vocab_size: llama.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    model = cls(PumaConfig(llama.config.to_dict(), stats.mean.shape[1], preset, read_scale))
+    model.language_model.load_state_dict(llama.state_dict())
+    model.feature_mean.copy_(stats.mean); model.feature_std.copy_(stats.std)
+    return model.eval()

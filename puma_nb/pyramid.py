@@ -144,6 +144,8 @@ class EncoderTask(Task):
         self.images, self.scenes = data or world_images(preset, seed=seed)
         self.shapes = torch.stack([shape_map(s, GRID).flatten() for s in self.scenes])
 
+    def checkpointing(self): self.model.clip.gradient_checkpointing_enable()
+
     def batch(self, positions, step):
         ids = sample_ids(positions, len(self.scenes), self.seed)
         images, captions, wrong = self.images[ids], [], []
@@ -198,7 +200,7 @@ def encode_images(
     device = next(encoder.parameters()).device
     def build():
         out = []
-        for part in tqdm(images.split(batch), desc="features", disable=not progress):
+        for part in tqdm(images.split(batch), desc="features", disable=not (progress and is_main())):
             with autocast(device): out.append(encode(encoder, part.to(device), resize, layer).to("cpu", dtype))
         return torch.cat(out)
     return cached(cache, "f0", build, encoder, images, dtype, resize, layer, has_bf16(device))
@@ -286,7 +288,7 @@ def train_encoder(
     task = EncoderTask(preset, seed)
     log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder", progress=progress)
     if not is_main(): return  # one process measures and saves
-    net = task.model.cpu()
+    speed = speed_report(task, stage, log); net = task.model.cpu()
     encoder = CLIPVisionModel(vision_config(preset.encoder))
     encoder.load_state_dict(net.clip.vision_model.state_dict())
     with quietly(): encoder.eval().save_pretrained(out / "encoder"); net.clip.save_pretrained(out / "clip")  # clip: for CLIP scores
@@ -297,4 +299,4 @@ def train_encoder(
     cls, patches = retrieval(net, task.tokenizer, images, scenes)
     probes = probe_scales(encoder, preset, min(1500, preset.world.train), min(300, preset.world.val))
     finish_stage(out, "encoder", stage, dict(pixel_r2=((r2 := pixel_r2(net, images))[0], 0.95), place_f2=(probes["place"][2], 0.95)),
-                 seconds=round(time.time() - begun), retrieval=dict(class_token=cls, patches=patches), probes=probes, pixel_r2={f"f{i}": r for i, r in zip(READ_SCALES, r2)}, speed=speed_report(task, stage, log))
+                 seconds=round(time.time() - begun), retrieval=dict(class_token=cls, patches=patches), probes=probes, pixel_r2={f"f{i}": r for i, r in zip(READ_SCALES, r2)}, speed=speed)

@@ -69,6 +69,7 @@ if kind == "mllm":
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16), caption=world_samples("caption", 16)), tokenizer, encoder, stats)
     task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store)
+elif kind == "autoencoder": task = AutoencoderTask(preset)
 else: task = DecoderTask(preset, build_decoder(preset, 2), decoder_data(preset, encoder, load_latents(root, "cpu"), world_images(preset)[0], stats), (2,))
 accelerator = make_accelerator("cpu", bf16=False)
 wrapped = accelerator.prepare(task.model)
@@ -78,7 +79,7 @@ if accelerator.is_main_process:
 """
 
 
-@pytest.mark.parametrize("kind", ["mllm", "decoder"])
+@pytest.mark.parametrize("kind", ["mllm", "autoencoder", "decoder"])
 def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
     "Ragged sequences, or noisy latents, split over two real processes: same loss, same gradient."
     script, results = tmp_path / "worker.py", {}
@@ -98,7 +99,7 @@ def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
 
 def test_every_stage_trains_in_two_processes(tmp_path):
     "`torchrun -m puma_nb.cli train`: all stages end, one process saves, and the system decodes."
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "puma_nb.cli", "train", "--preset", "pico", "--out", str(tmp_path / "two"), "--quiet", "--device", "cpu"],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "puma_nb.cli", "train", "--preset", "pico", "--out", str(tmp_path / "two"), "--quiet", "--device", "cpu", "--checkpointing"],
                           capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("system: ") == 1  # one process speaks

@@ -3,9 +3,10 @@
     python tests/benchmarks/decoders.py [--rounds 5] [--json FILE]
 
 A and B alternate in one process; the figures are medians. Not a test: nothing here can fail.
+decoders.json beside this file holds the figures of the last run that was written down.
 Run it on a machine that does nothing else.
 """
-import argparse, json, time
+import argparse, json, os, time
 from dataclasses import replace
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--json")
     p.add_argument("--compile", action="store_true", help="time the compiled step too (takes minutes to compile)")
     args = p.parse_args()
-    nano, out = get_preset("nano"), {}
+    nano, out = get_preset("nano"), dict(machine=dict(cores=os.cpu_count(), bf16=has_bf16(), torch=torch.__version__, ceiling_gflops=round(matmul_ceiling() / 1e9)))
     few = world_images(replace(nano, world=replace(nano.world, train=1000)))[0]
     online = replace(nano, decoder=replace(nano.decoder, features="online"))
     kept, anew = (decoder_data(p, load_encoder(), load_latents(), few, load_stats()) for p in (nano, online))

@@ -38,7 +38,7 @@ def _scales(text): # "all", or one of 0..4
 
 def _parts(text): # "all", "base", or scales with commas between
     "Parts of the stage `decoders` that the user named."
-    return PARTS if text == "all" else tuple("base" if p == "base" else parse_scale(p) for p in text.split(","))
+    return PARTS if text == "all" else tuple(dict.fromkeys("base" if p == "base" else parse_scale(p) for p in text.split(",")))
 
 def _photo(path, side, resize="crop"): return load_image(path, side, resize)[None]
 
@@ -168,7 +168,7 @@ def train(
     if parts != "all" and stage != "decoders": raise UserError("--parts is for --stage decoders")
     if images and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders; the others need captions")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
-    p = running(p, compile=compile, checkpointing=checkpointing)
+    p = switched_on(p, compile=compile, checkpointing=checkpointing)
     train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache))
     if not is_main(): return
     for s in STAGES:
@@ -191,6 +191,8 @@ def evaluate(
     if prompts:
         if not images: raise UserError("--prompts needs --images: the pictures that were made from them")
         results = [score_files(images, prompts)]
+    elif (lpips != "random" or resize != "squash") and table not in ("1", "all"): raise UserError("--lpips and --resize are for --table 1")
+    elif resize != "squash" and not images: raise UserError("--resize needs --images: the world's scenes are square")
     elif images and table != "1": raise UserError("--images goes with --table 1, or with --prompts")
     else:
         if table in ("2", "3", "4", "5"): raise UserError(f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all")

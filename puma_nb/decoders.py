@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionModel
-from tqdm.auto import tqdm
 from .core import *
 from .world import *
 from .data import *
@@ -515,7 +514,7 @@ def train_decoders(
     cache=None   # Folder that keeps features and latents from run to run
 ):
     "Stage `decoders`: the common base, then one decoder for each scale with the paper's ratio of steps (A.1)."
-    begun, out = time.time(), Path(out); home = out / "decoders"
+    out = Path(out); home = out / "decoders"
     ready = lambda part: (_part(home, part) / "part.json").exists()  # written last
     if "base" not in parts and not ready("base"): raise UserError(f"{home}: the common base is not there; train it first with --parts base")
     if not resume and (done := [str(p) for p in parts if ready(p)]): raise UserError(f"{home}: finished before: {', '.join(done)}; add --resume, or choose another --out")

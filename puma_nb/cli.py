@@ -170,6 +170,7 @@ def train(
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
     train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache))
+    end_processes()
     if not is_main(): return
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))

@@ -521,9 +521,9 @@ def train_decoders(
     encoder, latents, stats = load_encoder(out, device), load_latents(out, device), load_stats(out)
     pictures = own_pictures(preset, images, progress) if images else world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0]
     data = decoder_data(preset, encoder, latents, pictures, stats, cache, progress)
+    todo = [i for i in parts if i != "base" and not ready(i)]  # before anything is written: all processes agree
     base = _train_base(preset, home, data, seed, resume, device, progress, ready("base"))
-    for i in parts:
-        if not ready(i): _train_one(preset, base, i, home, data, seed, resume, device, progress)
+    for i in todo: _train_one(preset, base, i, home, data, seed, resume, device, progress)
     if not is_main(): return
     if missing := [f"f{i}" for i in SCALES if not ready(i)]: print(f"decoders: still to train: {', '.join(missing)}", flush=True); return
     shown = pictures[:200] if images else world_images(preset, "val", min(200, preset.world.val), seed, preset.autoencoder.image_size)[0]

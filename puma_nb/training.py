@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Task', 'lr_factor', 'save_tensors', 'save_json', 'fingerprint', 'cached', 'save_checkpoint', 'checkpoints',
-           'load_checkpoint', 'train_step', 'Interrupted', 'processes', 'is_main', 'make_accelerator', 'Log',
-           'read_log', 'fit', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage', 'stretched',
-           'switched_on', 'plot_log']
+           'load_checkpoint', 'train_step', 'Interrupted', 'processes', 'is_main', 'end_processes', 'make_accelerator',
+           'Log', 'read_log', 'fit', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
+           'stretched', 'switched_on', 'plot_log']
 
 # %% ../nbs/00c_training.ipynb #6444d598
 import hashlib, json, math, os, shutil, signal, time, uuid
@@ -171,6 +171,10 @@ def _catch_signals():
 
 def processes(): return int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and `accelerate launch` say
 def is_main(): return int(os.environ.get("RANK", 0)) == 0
+
+def end_processes():
+    "Leave together: a process that goes first tears the others' connections."
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
 
 def make_accelerator(device: str = None, bf16: bool = True):
     "An accelerator: bf16 where it pays. A notebook may ask for another precision than before, hence the reset."

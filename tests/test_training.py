@@ -76,6 +76,7 @@ wrapped = accelerator.prepare(task.model)
 for step in range(4): log = train_step(accelerator, task, wrapped, np.arange(12 * step, 12 * step + 12), step)  # long and short pyramids; gradients add up
 if accelerator.is_main_process:
     torch.save(dict(processes=accelerator.num_processes, kind=str(accelerator.distributed_type), loss=float(log["loss"]), grads={n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}), out)
+end_processes()
 """
 
 

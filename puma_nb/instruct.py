@@ -25,14 +25,14 @@ from .system import *
 from .pretrain import *
 
 # %% ../nbs/05_instruct.ipynb #71bf0e23
-INSTRUCT_SHARES = dict(t2i=0.28, caption=0.08, edit=0.36, condition=0.12, question=0.16)  # ours: one model for all families
+INSTRUCT_SHARES = dict(t2i=0.32, caption=0.06, ground=0.04, edit=0.36, condition=0.10, question=0.12)  # ours: one model for all families
 INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")  # ours: yes/no twice as often
 INSTRUCT_TURNS = 4  # ours: questions a conversation; an answer is one word, a caption twenty, and the loss counts words
 
 def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Samples of the four families; captions are rehearsed."
     w = preset.world
-    sizes = dict(t2i=w.train, caption=w.train, edit=w.edits, condition=w.conditions, question=w.train)
+    sizes = dict(t2i=w.train, caption=w.train, ground=w.train, edit=w.edits, condition=w.conditions, question=w.train)
     extra = dict(question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS))
     return {b: world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {})) for b, n in sizes.items()}
 
@@ -62,7 +62,7 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000)
     if not is_main(): return
-    speed = speed_report(task, stage, log); save_mllm(model, out / "instruct")
+    speed = speed_report(task, stage, log); save_mllm(model, tokenizer, out / "instruct")
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
     answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")}

@@ -95,7 +95,7 @@ class EncoderNet(nn.Module):
     "A CLIP with extra heads: patches against captions, and cells of each scale to their pixels."
     def __init__(self, p: EncoderPreset, tokenizer):
         super().__init__()
-        text = dict(vocab_size=len(tokenizer), hidden_size=p.hidden_size, intermediate_size=p.mlp_size, num_hidden_layers=2, num_attention_heads=p.heads,
+        text = dict(vocab_size=tokenizer.vocab_size, hidden_size=p.hidden_size, intermediate_size=p.mlp_size, num_hidden_layers=2, num_attention_heads=p.heads,
                     max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
         self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision_config(p).to_dict(), projection_dim=p.projection_size))
         self.patch_head = nn.Linear(p.hidden_size, p.projection_size, bias=False)

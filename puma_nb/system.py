@@ -34,7 +34,7 @@ class Puma:
     def prompts(self, segments_list, images=None, image=True, read=None): # A left-padded batch
         "Prompts as a batch; `images` are those that the segments refer to."
         f0 = encode_images(self.decoders.encoder, images) if images is not None else torch.zeros(1, TOKENS[0], self.model.config.feature_size)
-        return prompt_batch(segments_list, self.tokenizer, FeatureStore(f0, self.model.stats), self.read if read is None else read, image)
+        return prompt_batch(segments_list, self.tokenizer, FeatureStore(f0, self.model.stats), self.read if read is None else read, image, self.model.config.first_scale)
 
     def decode(self, grids, scales, seeds): # {scale: B x 3 x H x W}
         "Decode the named scales of written pyramids."
@@ -80,13 +80,19 @@ def ask(self: Puma, images, questions): # List of answers
     "Answers about images, with the paper's system message (A.2.4)."
     questions = each(questions, images, "question")
     b = self.prompts([[text(SYSTEM, False), image(k, False), text(q, False)] for k, q in enumerate(questions)], images, image=False)
-    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b, self.tokenizer.eos_token_id)]
+    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
 
 @patch
 def caption(self: Puma, images): # List of captions
     "Captions of images."
     b = self.prompts([[image(k, False)] for k in range(len(images))], images, image=False)
-    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b, self.tokenizer.eos_token_id)]
+    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
+
+@patch
+def ground(self: Puma, images): # List of captions with a box for each thing; `boxes_in` reads them
+    "Captions with boxes."
+    b = self.prompts([[image(k, False), text(GROUND, False)] for k in range(len(images))], images, image=False)
+    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
 
 @patch
 def reconstruct(self: Puma, images, scales=SCALES, seeds=0): # {scale: N x 3 x H x W}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'GROUNDS', 'PLACES', 'HELD_OUT', 'STYLES', 'QUESTIONS', 'EDITS', 'ATTRIBUTES', 'Thing', 'Scene',
-           'scene_from_json', 'draw_thing', 'draw_scene', 'shape_map', 'content', 'split_of', 'redraw', 'random_scene',
-           'sample_scene', 'article', 'caption', 'random_caption', 'question', 'edit', 'to_gray', 'read_scene',
-           'score_scene', 'score_scenes', 'baselines', 'parse_caption']
+           'scene_from_json', 'draw_thing', 'draw_scene', 'box', 'shape_map', 'content', 'split_of', 'redraw',
+           'random_scene', 'sample_scene', 'article', 'caption', 'random_caption', 'question', 'edit', 'to_gray',
+           'read_scene', 'score_scene', 'score_scenes', 'baselines', 'parse_caption']
 
 # %% ../nbs/00a_world.ipynb #2c5d767a
 import json
@@ -82,6 +82,13 @@ def draw_scene(
     im = Image.new("RGB", (side * 4, side * 4), tint(GROUNDS[scene.ground], "ground"))
     for t in scene.things: draw_thing(im, t.shape, t.center, t.size, tint(COLORS[t.color], t.place))
     return torch.from_numpy(np.array(im.reduce(4))).permute(2, 0, 1)
+
+def box(thing: Thing): # (x_min, y_min, x_max, y_max) in 0..1
+    "The smallest box around a drawn thing."
+    (cx, cy), r = thing.center, thing.size / 2
+    points = [(cx - r, cy - r), (cx + r, cy + r)] if thing.shape == "circle" else [p for polygon in _outline(thing.shape, cx, cy, r) for p in polygon]
+    xs, ys = zip(*points)
+    return tuple(float(np.clip(v, 0, 1)) for v in (min(xs), min(ys), max(xs), max(ys)))
 
 # %% ../nbs/00a_world.ipynb #26c58f2e
 def shape_map(

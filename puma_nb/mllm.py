@@ -7,8 +7,7 @@ __all__ = ['SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'order_tokens', 'slots',
            'pad_sequences', 'add_features', 'collate', 'pack', 'additive', 'PumaConfig', 'RegressionHead',
            'PumaForConditionalGeneration', 'image_ids', 'build_mllm', 'targets', 'text_loss', 'loss_terms',
            'loss_weights', 'term_gradients', 'MLLMTask', 'prepare_samples', 'Reading', 'write', 'write_image',
-           'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard', 'PumaProcessor', 'build_processor',
-           'encode_batch', 'save_mllm', 'load_mllm']
+           'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
@@ -20,9 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from fastcore.basics import patch
-from transformers import (AutoConfig, AutoModel, AutoProcessor, BatchFeature, CLIPImageProcessor, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel,
-                          ProcessorMixin, StaticCache)
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
 from .core import *
 from .world import *
 from .data import *
@@ -32,7 +29,7 @@ from .pyramid import *
 # %% ../nbs/03_mllm.ipynb #97747093
 def order_tokens(
     stop: int = 0, # Last scale
-    first: int = 4 # First scale; another than f4 is for a control (chapter 3b)
+    first: int = 4 # First scale; another than f4 is for a control (chapter 3c)
 ):
     "(scale, index in its grid) of each image token in the order of generation."
     return [(i, k) for i in COARSE_TO_FINE if first >= i >= stop for k in range(TOKENS[i])]
@@ -140,7 +137,7 @@ def additive(allowed): # B x L x L, may p look at q? -> B x 1 x L x L
 
 # %% ../nbs/03_mllm.ipynb #b4ca176f
 class PumaConfig(PreTrainedConfig):
-    "LLaMA's configuration, the size of an image feature, and the ids that open and close an image. `head`, `first_scale` and `slot_table` are for variants (chapter 3b)."
+    "LLaMA's configuration, the size of an image feature, and the ids that open and close an image. `head`, `first_scale` and `slot_table` are for variants (chapter 3c)."
     model_type = "puma"
     sub_configs = dict(text_config=LlamaConfig)
     def __init__(self, text_config=None, feature_size=96, preset="nano", read_scale=2, image_ids=(2, 3), head="regression", first_scale=4, slot_table=False, **kwargs):
@@ -198,7 +195,7 @@ def build_mllm(
     preset: Preset,
     tokenizer=None,              # None: the preset's vocabulary and ours, for counting
     stats: FeatureStats = None,  # Of the image encoder
-    slot_table: bool = False     # For a variant of chapter 3b
+    slot_table: bool = False     # For a variant of chapter 3c
 ):
     "A multi-granular language model of a preset's size, random weights."
     m, t = preset.mllm, tokenizer
@@ -237,7 +234,7 @@ def loss_terms(
     where, bare = targets(b), getattr(model, "module", model)
     out = dict(text=text_loss(bare, hidden[:, :-1][where["text"]], b["ids"][:, 1:][where["text"]]))  # text positions only
     image = torch.stack([where[f"f{i}"] for i in SCALES]).any(0)
-    source = hidden[:, 1:] if b.get("at_once") is not None else hidden[:, :-1]  # chapter 3b writes whole scales: a position writes itself
+    source = hidden[:, 1:] if b.get("at_once") is not None else hidden[:, :-1]  # chapter 3c writes whole scales: a position writes itself
     error = bare.out_projector.error(source[image], b["features"][:, 1:][image], b["noise"][:, 1:][image] if "noise" in b else None)
     return {**out, **{f"f{i}": error[where[f"f{i}"][image]].sum() for i in SCALES}}
 
@@ -419,6 +416,7 @@ def dashboard(
     rows = [build_sequence([text(c, False), image(k, True)], tokenizer, stop, first=model.config.first_scale) for k, c in enumerate(captions)]
     device = next(model.parameters()).device
     b = {k: v.to(device) for k, v in collate(rows, store, tokenizer.pad_token_id).items()}
+    if model.config.head != "regression": b["noise"] = noise_for(range(len(captions)), b["ids"].shape[1], f0.shape[-1] + 1, keys=("dashboard",)).to(device)
     counts = targets(b)
     teacher = {k: float(v) / max(1, int(counts[k].sum())) for k, v in loss_terms(model, b).items()}
     grids = write_image(model, prompt_batch([[text(c, False)] for c in captions], tokenizer, store, 4, image=True, first=model.config.first_scale), stop)
@@ -435,80 +433,3 @@ def plot_dashboard(d, ax=None):
     for k, name in enumerate(("teacher", "free", "variance")): ax.bar(x + .27 * (k - 1), d[name], .25, label=dict(teacher="error, teacher-forced", free="error, free-running", variance="variance of predictions")[name])
     ax.axhline(1, color="k", lw=.7, ls=":"); ax.set_xticks(x, d["scale"]); ax.legend(fontsize=7)
     return ax
-
-# %% ../nbs/03_mllm.ipynb #f3cb70ad
-class PumaProcessor(ProcessorMixin):
-    "Samples of text and images -> a batch with masks."
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs): super().__init__(image_processor, tokenizer, **kwargs)
-
-    def __call__(
-        self, samples,           # Each with `segments`, and `images` (PIL, or 3 x H x W uint8) if segments refer to any; or a string to paint
-        stop: int = 0,           # Supervised images end after this scale
-        read: int = 0,           # Images that are only read end after this one
-        paint: bool = False,     # Open an image at the end: a prompt
-        left: bool = False       # Pad on the left, for generation
-    ): # BatchFeature: ids, mask, slot, learn, image (B x L), and pixel_values where there are images
-        "One padded batch."
-        samples = [dict(segments=[text(s, False)]) if isinstance(s, str) else s for s in ([samples] if isinstance(samples, (str, dict)) else samples)]
-        images, rows = [], []
-        for s in samples:
-            own = list(s.get("images") or ())
-            if not s["segments"] or any(g["kind"] == "text" and not g["text"].strip() for g in s["segments"]): raise UserError("a sample without segments, or with an empty text")
-            if any(g["kind"] == "image" and not 0 <= g["image"] < len(own) for g in s["segments"]): raise UserError(f"a segment names an image that its sample does not have ({len(own)} images)")
-            rows.append(build_sequence([{**g, "image": g["image"] + len(images)} if g["kind"] == "image" else g for g in s["segments"]], self.tokenizer, stop, read, close=not paint))
-            if paint: rows[-1].add([image_ids(self.tokenizer)[0]], False)
-            images += own
-        b = pad_sequences(rows, self.tokenizer.pad_token_id, left)
-        if images: b["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return BatchFeature(b)
-
-def build_processor(preset: Preset, tokenizer): # A `PumaProcessor`
-    "A processor for a preset's encoder: squash to its side, bilinear ([code])."
-    side = dict(height=preset.encoder.image_size, width=preset.encoder.image_size)
-    return PumaProcessor(CLIPImageProcessor(size=side, resample=2, do_center_crop=False), tokenizer)
-
-def encode_batch(b, encoder, stats: FeatureStats): # A batch for the model
-    "Encode the pixels of a processor's batch and put their features where the image tokens stand."
-    b = dict(b); pixels = b.pop("pixel_values", None)
-    f0 = torch.zeros(1, TOKENS[0], stats.mean.shape[1]) if pixels is None else encoder(pixel_values=pixels.to(next(encoder.parameters()).device)).last_hidden_state[:, 1:].cpu()
-    return add_features(b, FeatureStore(f0.detach(), stats))
-
-def save_mllm(model, tokenizer, folder):
-    "Save language model and processor as `transformers` does."
-    with quietly(): model.cpu().save_pretrained(folder); build_processor(get_preset(model.config.preset), tokenizer).save_pretrained(folder)
-
-AutoProcessor.register(PumaConfig, PumaProcessor)
-
-# %% ../nbs/03_mllm.ipynb #b5210bfe
-def load_mllm(
-    model_dir=None,    # Folder of a system; None takes the shipped weights
-    stage: str = None, # "pretrain" or "instruct"; None takes the tuned one if there is one
-    device=None
-): # (model, tokenizer)
-    "The language model of a trained system."
-    root = Path(model_dir or package_dir("weights"))
-    path = root / (stage or ("instruct" if (root / "instruct" / "config.json").exists() else "pretrain"))
-    if not (path / "config.json").exists(): raise UserError(f"{path}: no language model there; train one with: puma-nb train --stage pretrain --out DIR")
-    with quietly(): model, processor = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32), PumaProcessor.from_pretrained(path)
-    return model.to(pick_device(device)).eval(), processor.tokenizer
-
-# %% ../nbs/03_mllm.ipynb #52d81467
-AutoConfig.register("puma", PumaConfig); AutoModel.register(PumaConfig, PumaForConditionalGeneration)
-
-@patch(cls_method=True)
-def from_llama(
-    cls: PumaForConditionalGeneration,
-    folder,             # A LLaMA checkpoint, as `save_pretrained` writes it
-    tokenizer,          # Its tokenizer, with PUMA's special tokens added
-    stats: FeatureStats, # Of the image encoder
-    preset: str = "nano",
-    read_scale: int = 2
-):
-    "A multi-granular model around an existing language model."
-    if not (Path(folder) / "config.json").exists(): raise UserError(f"{folder}: no LLaMA checkpoint there (config.json is missing)")
-    with quietly(): llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if len(tokenizer) > llama.config.vocab_size: llama.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    model = cls(PumaConfig(llama.config.to_dict(), stats.mean.shape[1], preset, read_scale))
-    model.language_model.load_state_dict(llama.state_dict())
-    model.feature_mean.copy_(stats.mean); model.feature_std.copy_(stats.std)
-    return model.eval()

@@ -23,10 +23,11 @@ from .training import *
 from .pyramid import *
 from .decoders import *
 from .mllm import *
+from .processor import *
 from .system import *
 
 # %% ../nbs/04_pretrain.ipynb #9ebc945f
-PRETRAIN_SHARES = dict(t2i=0.44, caption=0.44, ground=0.12)  # A.2.2: half and half, boxes go both ways too; the share of boxes is ours
+PRETRAIN_SHARES = dict(t2i=0.47, caption=0.47, ground=0.06)  # A.2.2: half and half, boxes go both ways too; the share of boxes is ours
 
 def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Both directions of the world's image-text pairs."

@@ -69,18 +69,26 @@ if kind == "mllm":
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16), caption=world_samples("caption", 16)), tokenizer, encoder, stats)
     task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store)
+elif kind == "mixed":  # steps in which one process has pictures only and the other words only
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
+    sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16)), tokenizer, encoder, stats)
+    sets["words"] = [[text(t, True)] for t in ("a red circle", "a cross at the top", "nothing but words", "b")]
+    task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, words=1), store)
+    kinds = [mixture_ids([2 * k, 2 * k + 1], task.shares) for k in range(8)]
+    assert any(len(set(k)) == 2 for k in kinds) and any(set(k) == {"words"} for k in kinds) and any(set(k) == {"t2i"} for k in kinds)
 elif kind == "autoencoder": task = AutoencoderTask(preset)
 else: task = DecoderTask(preset, build_decoder(preset, 2), decoder_data(preset, encoder, load_latents(root, "cpu"), world_images(preset)[0], stats), (2,))
 accelerator = make_accelerator("cpu", bf16=False)
 wrapped = accelerator.prepare(task.model)
-for step in range(4): log = train_step(accelerator, task, wrapped, np.arange(12 * step, 12 * step + 12), step)  # long and short pyramids; gradients add up
+size = 2 if kind == "mixed" else 12
+for step in range(48 // max(size, 6)): log = train_step(accelerator, task, wrapped, np.arange(size * step, size * step + size), step)  # long and short pyramids; gradients add up
 if accelerator.is_main_process:
     torch.save(dict(processes=accelerator.num_processes, kind=str(accelerator.distributed_type), loss=float(log["loss"]), grads={n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}), out)
 end_processes()
 """
 
 
-@pytest.mark.parametrize("kind", ["mllm", "autoencoder", "decoder"])
+@pytest.mark.parametrize("kind", ["mllm", "mixed", "autoencoder", "decoder"])
 def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
     "Ragged sequences, or noisy latents, split over two real processes: same loss, same gradient."
     script, results = tmp_path / "worker.py", {}
@@ -111,7 +119,7 @@ def test_every_stage_trains_in_two_processes(tmp_path):
 
 @pytest.mark.parametrize("argv", [
     ("generate", "   "), ("generate", "a cross", "--scale", "f7"), ("reconstruct", "missing.png"), ("reconstruct", "broken.png"), ("ask", "broken.png", "what?"),
-    ("edit", "missing.png", "make it red"), ("train", "--preset", "huge"), ("train", "--preset", "paper"), ("train", "--stage", "nothing"), ("eval", "--table", "9"), ("nonsense",),
+    ("edit", "missing.png", "make it red"), ("train", "--preset", "huge"), ("train", "--preset", "paper"), ("train", "--preset", "base"), ("plan", "--gpus", "0"), ("train", "--stage", "nothing"), ("eval", "--table", "9"), ("nonsense",),
     ("demo", "--out", "file/inside")])
 def test_bad_input_is_one_line_and_code_2(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
-"""Real sizes on one GPU: the SDXL-size decoder's training step, and preset mini trained with its samples and log.
+"""Real sizes on one GPU: training steps of the SDXL-size decoder and of the LLaMA-3-8B-size language model, its generation, and preset mini trained.
 
-    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mini] [--stretch 1.0]
+    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mllm] [--part mini] [--stretch 1.0]
 
 One call does everything and leaves DIR/gpu.json, and for mini the folder of the system without its checkpoints.
 `--smoke` runs the same lines with preset nano's decoder on whatever device there is, to see that the script works.
@@ -13,6 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import get_preset, pick_device
 from puma_nb.decoders import build_decoder, noise_schedule
+from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
+from puma_nb.plan import get_device, mllm_flops, mllm_memory
 from puma_nb.training import stretched
 
 
@@ -54,9 +56,44 @@ def step_speed(preset, pixels, size, compiled, channels_last, checkpointing, pea
                 tflop_per_image=round(flops / 1e12, 3), mfu=round(flops * size / seconds / peak, 4), peak_gib=round(memory, 1))
 
 
+def random_batch(preset, rows, device, text=60):
+    "Captions of random words, each with a whole pyramid of random features: 60 + 341 tokens."
+    ids = torch.randint(5, preset.mllm.vocab_size, (rows, text + 341), device=device)
+    slot = torch.full_like(ids, -1); slot[:, text:] = torch.arange(341, device=device)
+    return dict(ids=ids, slot=slot, mask=torch.ones_like(ids), learn=torch.ones_like(ids, dtype=torch.bool), features=torch.randn(*ids.shape, preset.encoder.hidden_size, device=device))
+
+
+def language_model(preset, rows, masters, peak, device, rounds=6):
+    "Tokens a second, peak memory and MFU of a training step with checkpointing, and milliseconds a token of generation, beside what the plan says."
+    torch.manual_seed(0)
+    with torch.device(device): model = build_mllm(preset).to(torch.float32 if masters else torch.bfloat16).train()
+    model.language_model.gradient_checkpointing_enable()
+    optimizer, b, weights = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type != "mps"), random_batch(preset, rows, device), loss_weights(preset.mllm)
+    counts = {k: max(1, int(v.sum())) for k, v in targets(b).items()}
+    sync = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False): terms = loss_terms(model, b)
+        sum(weights[k] * v / counts[k] for k, v in terms.items()).backward()
+        optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    times = []
+    for _ in range(rounds): sync(); t = time.perf_counter(); step(); sync(); times.append(time.perf_counter() - t)
+    seconds, tokens = sorted(times)[len(times) // 2], b["ids"].numel()
+    out = dict(rows=rows, masters=masters, tokens_per_second=round(tokens / seconds), mfu=round(mllm_flops(preset) * rows / seconds / peak, 4),
+               peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(sum(mllm_memory(preset, 1, False, tokens=tokens).values()) / 2**30, 1))
+    del optimizer; model.eval().to(torch.bfloat16)
+    prompt = {k: v[:1, :21] for k, v in b.items()}; prompt["slot"] = torch.full_like(prompt["slot"], -1); prompt["ids"][:, -1] = model.config.image_ids[0]
+    for cache, compiled in (("dynamic", False), ("static", False), ("static", device.type == "cuda")):
+        try:
+            write_image(model, prompt, 3, cache=cache, compile=compiled)
+            sync(); t = time.perf_counter(); write_image(model, prompt, 0, cache=cache, compile=compiled); sync()
+            out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = round(1000 * (time.perf_counter() - t) / 341, 2)
+        except Exception as e: out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    return dict(out, ms_per_token_bandwidth_limit=round(2000 * sum(q.numel() for q in model.parameters()) / (get_device("h200").bandwidth * 1e12), 3))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=("step", "mini")); p.add_argument("--stretch", type=float, default=1.0)
+    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=("step", "mllm", "mini")); p.add_argument("--stretch", type=float, default=1.0)
     p.add_argument("--peak", type=float, default=989e12); p.add_argument("--smoke", action="store_true")
     args = p.parse_args()
     out, device = Path(args.out), pick_device()
@@ -64,7 +101,7 @@ def main():
     report = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else device.type, torch=torch.__version__, step=[])
     preset = get_preset("nano" if args.smoke else "paper")
     settings = [(32, 4)] if args.smoke else [(512, 16), (1024, 4)]
-    if "step" in (args.part or ("step", "mini")):
+    if "step" in (args.part or ("step", "mllm", "mini")):
         for pixels, size in settings:
             for compiled, channels_last, checkpointing in ((False, False, False), (False, True, False), (True, False, False), (True, True, False), (False, False, True)):
                 try: row = step_speed(preset, pixels, size, compiled and not args.smoke, channels_last, checkpointing, args.peak, device)
@@ -72,7 +109,15 @@ def main():
                 report["step"].append(row); print(row, flush=True)
                 (out / "gpu.json").write_text(json.dumps(report, indent=1))
                 if device.type == "cuda": torch.cuda.empty_cache()
-    if "mini" in (args.part or ("step", "mini")):
+    if "mllm" in (args.part or ("step", "mllm", "mini")):
+        report["mllm"] = []
+        for rows, masters in ((2, True), (2, False), (8, False), (32, False)):
+            if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+            try: row = language_model(preset, rows, masters, args.peak, device)
+            except torch.OutOfMemoryError as e: row = dict(rows=rows, masters=masters, error=str(e).split(".")[0])
+            report["mllm"].append(row); print(row, flush=True)
+            (out / "gpu.json").write_text(json.dumps(report, indent=1))
+    if "mini" in (args.part or ("step", "mllm", "mini")):
         from puma_nb.instruct import train_system
         train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", progress=False)
     print(f"results: {out / 'gpu.json'}")

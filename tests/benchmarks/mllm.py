@@ -18,6 +18,7 @@ from puma_nb.data import *
 from puma_nb.training import *
 from puma_nb.pyramid import *
 from puma_nb.mllm import *
+from puma_nb.processor import *
 from puma_nb.mllm_variants import *
 
 

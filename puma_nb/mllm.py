@@ -265,7 +265,7 @@ class MLLMTask(Task):
         model.language_model.set_attn_implementation("eager" if m.attention == "plain" else "sdpa")
         self.weights = loss_weights(m)
 
-    def checkpointing(self): self.model.language_model.gradient_checkpointing_enable()
+    def checkpointing(self): recompute_activations(self.model.language_model)
 
     def stop(self, step): # the scale after which this step's images end: a function of the step
         return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))

@@ -144,7 +144,7 @@ class EncoderTask(Task):
         self.images, self.scenes = data or world_images(preset, seed=seed)
         self.shapes = torch.stack([shape_map(s, GRID).flatten() for s in self.scenes])
 
-    def checkpointing(self): self.model.clip.gradient_checkpointing_enable()
+    def checkpointing(self): recompute_activations(self.model.clip)
 
     def batch(self, positions, step):
         ids = sample_ids(positions, len(self.scenes), self.seed)

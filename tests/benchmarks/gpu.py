@@ -15,7 +15,7 @@ from puma_nb.core import get_preset, pick_device
 from puma_nb.decoders import build_decoder, noise_schedule
 from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
 from puma_nb.plan import get_device, mllm_flops, mllm_memory
-from puma_nb.training import stretched
+from puma_nb.training import recompute_activations, stretched
 
 
 def one_step(model, optimizer, schedule, batch, device):
@@ -67,7 +67,7 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
     "Tokens a second, peak memory and MFU of a training step with checkpointing, and milliseconds a token of generation, beside what the plan says."
     torch.manual_seed(0)
     with torch.device(device): model = build_mllm(preset).to(torch.float32 if masters else torch.bfloat16).train()
-    model.language_model.gradient_checkpointing_enable()
+    recompute_activations(model.language_model)
     optimizer, b, weights = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type != "mps"), random_batch(preset, rows, device), loss_weights(preset.mllm)
     counts = {k: max(1, int(v.sum())) for k, v in targets(b).items()}
     sync = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)

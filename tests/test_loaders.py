@@ -1,0 +1,152 @@
+"Every card loads a small set in its own layout, and what is broken is counted."
+import io, json, struct, tarfile, zlib
+from collections import Counter
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image as ImageFeature, List, Value
+from PIL import Image
+from puma_nb.core import UserError, save_image
+from puma_nb.data import as_dataset, boxes_in, load_cards
+from puma_nb.loaders import Loader, Skip, open_picture
+from puma_nb.world import article, box, caption, draw_scene, sample_scene
+
+CARDS, N = load_cards(), 4
+SCENES = [sample_scene(1, k) for k in range(N)]
+TURNS = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a drawing"}, {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
+
+
+def png(scene, side=48):
+    f = io.BytesIO(); Image.fromarray(draw_scene(scene, side).permute(1, 2, 0).numpy()).save(f, "PNG"); return f.getvalue()
+
+
+def phrases(scene):
+    words, rows = "", []
+    for t in scene.things:
+        p = f"{article(t.color)} {t.shape}"; words += (" and " if words else "") + p; rows.append([float(len(words) - len(p)), float(len(words)), *box(t), .9])
+    return words, rows
+
+
+def row_of(card, k, picture):
+    "A row with the card's own columns; `picture` makes what stands in a column of pictures."
+    row, words = {}, {"caption": phrases(SCENES[k])[0], "question": "what is it?", "answer": "a drawing", "instruction": "make it blue", "boxes": phrases(SCENES[k])[1]}
+    for column, field in card.meta["puma"]["columns"].items():
+        value = TURNS if isinstance(field, list) else picture(k, column) if field in ("image", "source", "target") else words[field]
+        if column.endswith("s") and field in ("question", "answer") and not isinstance(field, list): value = [value, value]  # OCR-VQA and VizWiz have lists
+        *path, last = column.split("."); at = row
+        for p in path: at = at.setdefault(p, {})
+        at[last] = value
+    return row
+
+
+def write_set(card, folder):
+    "A tiny set in the layout that the card names."
+    if any(c in ("url", "URL") for c in card.meta["puma"]["columns"]):  # addresses: img2dataset makes shards of pictures and JSON
+        with tarfile.open(folder / "00000.tar", "w") as tar:
+            for k in range(N):
+                for kind, data in (("png", png(SCENES[k])), ("json", json.dumps(row_of(card, k, lambda *_: "https://somewhere/x.png")).encode())):
+                    info = tarfile.TarInfo(f"{k:05d}.{kind}"); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+    elif card.meta["puma"]["format"] == "json":
+        def picture(k, column): (folder / f"{k}_{column}.png").write_bytes(png(SCENES[k])); return f"{k}_{column}.png"
+        (folder / "rows.jsonl").write_text("\n".join(json.dumps(row_of(card, k, picture)) for k in range(N)))
+    else:  # parquet, as the hub stores it, with pictures inside
+        rows = Dataset.from_list([row_of(card, k, lambda k, _: dict(bytes=png(SCENES[k]), path=None)) for k in range(N)])
+        for column, field in card.meta["puma"]["columns"].items():
+            if field in ("image", "source", "target"): rows = rows.cast_column(column, ImageFeature())
+        rows.to_parquet(folder / "part-0.parquet")
+
+
+@pytest.mark.parametrize("name, stage", [(c.name, s) for c in CARDS.values() for s in c.stage])
+def test_every_card_and_stage(name, stage, tmp_path):
+    card = CARDS[name]; write_set(card, tmp_path)
+    samples = list(loader := Loader(card, tmp_path, stage, 32, least=0))
+    assert len(samples) == N and not loader.skipped and loader.report() == f"{name}: {N} samples"
+    fields = {f for v in card.meta["puma"]["columns"].values() for f in (v if isinstance(v, list) else [v])}
+    for k, s in enumerate(samples):
+        assert len(s["images"]) == (2 if "target" in fields else 1 if "image" in fields else 0 if fields == {"caption"} else len(s["images"]))
+        assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in s["images"]) and any(g["supervised"] for g in s["segments"])
+        if s["images"]: assert (s["images"][-1].float() - draw_scene(SCENES[k], 32).float()).abs().mean() < 12  # it is the picture of its row
+        if "boxes" in fields: assert len(boxes_in(" ".join(g["text"] for g in s["segments"]))) == len(SCENES[k].things)
+        if stage == "instruct-understand": assert [g["supervised"] for g in s["segments"]] == [False, False, False, True, False, True]  # system, image, two turns: the loss is on answers
+    assert len(as_dataset(samples)) == N  # the same form as the world's samples
+
+
+def test_pretraining_goes_both_ways(tmp_path):
+    card = CARDS["laion-aesthetics"]; write_set(card, tmp_path)
+    ends = Counter(s["segments"][-1]["kind"] for seed in range(40) for s in Loader(card, tmp_path, "pretrain", 8, seed))
+    assert abs(ends["image"] / sum(ends.values()) - .5) < .12
+
+
+def image_bytes(mode, fmt="PNG", exif=False):
+    x = np.zeros((40, 60, 3), np.uint8); x[:, :30] = (200, 40, 40); im, f = Image.fromarray(x), io.BytesIO()
+    if mode == "I;16": im = Image.fromarray((x[:, :, 0].astype(np.uint16) * 257))
+    elif mode == "RGBA": im = im.convert("RGBA"); im.putalpha(128)
+    else: im = im.convert(mode)
+    if exif: e = Image.Exif(); e[0x0112] = 6; im.save(f, fmt, exif=e)
+    else: im.save(f, fmt)
+    return dict(bytes=f.getvalue(), path=None)
+
+
+@pytest.mark.parametrize("mode, fmt", [("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("L", "PNG"), ("1", "PNG")])
+def test_any_mode_becomes_rgb(mode, fmt):
+    im = open_picture(image_bytes(mode, fmt)); assert im.mode == "RGB" and im.size == (60, 40)
+    if mode in ("CMYK", "P"): assert np.abs(np.asarray(im)[20, 10].astype(int) - (200, 40, 40)).max() < 60
+
+
+def test_exif_rotation_is_undone(): assert open_picture(image_bytes("RGB", "JPEG", exif=True)).size == (40, 60)
+
+
+def bomb():
+    "A PNG that says it has a hundred thousand pixels a side."
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100000, 100000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("data, why", [(b"", "readable"), (b"GIF89a", "readable"), (png(SCENES[0])[:150], "readable"), (bomb(), "too large|readable")])
+def test_broken_pictures_are_skipped(data, why):
+    with pytest.raises(Skip, match=why): open_picture(dict(bytes=data, path=None))
+
+
+def test_what_is_broken_goes_around(tmp_path):
+    "One row of each kind of trouble among good ones: counted by reason, the rest comes through."
+    rows = [dict(image=dict(bytes=png(SCENES[k % N]), path=None), caption="fine", other=1) for k in range(60)]
+    rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:99]; rows[7]["caption"] = "  "; rows[11]["image"] = None; rows[13]["caption"] = None
+    Dataset.from_list(rows, features=Features(dict(image=ImageFeature(), caption=Value("string"), other=Value("int32")))).to_parquet(tmp_path / "a.parquet")
+    samples = list(loader := Loader(CARDS["coco-30k"], tmp_path, "eval", 16))
+    assert loader.skipped["not a readable image"] == 1 and loader.skipped["no image"] == 1 and len(samples) == loader.kept >= 56
+    assert "not a readable image 1" in loader.report()
+    with pytest.raises(UserError, match="at most 1% may be broken"): list(Loader(CARDS["coco-30k"], tmp_path, "eval", 16, max_broken=.01))
+
+
+def test_wrong_columns_and_empty_places(tmp_path):
+    Dataset.from_list([dict(picture="x", words="y")] * 3).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="none of the card's columns|no image"): list(Loader(CARDS["coco-30k"], tmp_path, "eval", 16))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither parquet"): list(Loader(CARDS["coco-30k"], tmp_path / "empty", "eval", 16))
+    with pytest.raises(UserError, match="no such file"): list(Loader(CARDS["coco-30k"], tmp_path / "none", "eval", 16))
+
+
+def test_a_cut_shard_gives_what_it_has(tmp_path):
+    card = CARDS["laion-2b"]; write_set(card, tmp_path)
+    whole = (tmp_path / "00000.tar").read_bytes(); (tmp_path / "00000.tar").write_bytes(whole[:len(whole) // 2])
+    samples = list(loader := Loader(card, tmp_path, "pretrain", 8, least=0, max_broken=.9))
+    assert 0 < len(samples) < N and any("shard" in k or "readable" in k for k in loader.skipped)
+
+
+def test_rules_subsets_and_duplicates(tmp_path):
+    card, seen = CARDS["llava-onevision"], set()
+    rows = [dict(image=dict(bytes=png(SCENES[k % 2]), path=None), conversations=TURNS, data_source="geometry3k(math)" if k == 4 else "vqa") for k in range(5)]
+    Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "a.parquet")
+    list(loader := Loader(card, tmp_path, "instruct-understand", 16, seen=seen))
+    assert (loader.kept, loader.skipped) == (2, {"in another set": 2, "left out by a rule": 1})
+    with pytest.raises(UserError, match="no usable rows"): list(Loader(card, tmp_path, "instruct-understand", 16, seen=seen))  # all are known by now
+
+
+def test_small_pictures_are_left_out_for_decoders(tmp_path):
+    card = CARDS["laion-2b"]; write_set(card, tmp_path)
+    with pytest.raises(UserError, match="too small"): list(Loader(card, tmp_path, "decoders", 8))
+
+
+def test_addresses_are_not_fetched(tmp_path):
+    Dataset.from_list([dict(url="https://somewhere/x.png", caption="c")]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="img2dataset"): list(Loader(CARDS["laion-2b"], tmp_path, "pretrain", 8))

@@ -41,6 +41,12 @@ def _parts(text): # "all", "base", or scales with commas between
     "Parts of the stage `decoders` that the user named."
     return PARTS if text == "all" else tuple(dict.fromkeys("base" if p == "base" else parse_scale(p) for p in text.split(",")))
 
+def _sets(text): # "laion-2b=DIR,grit=DIR" -> {card: folder}
+    "Real sets that the user named."
+    pairs = [p.partition("=") for p in text.split(",")] if text else []
+    if any(not (name and folder) for name, _, folder in pairs): raise UserError(f"cannot read --data {text!r}: write CARD=FOLDER, several with commas between")
+    return {name.strip(): folder.strip() for name, _, folder in pairs} or None
+
 def _photo(path, side, resize="crop"): return load_image(path, side, resize)[None]
 
 def _save_all(pictures, out): # {scale: n x 3 x H x W, or {number: image}}
@@ -153,6 +159,7 @@ def train(
     stretch: float = 1.0,   # Multiplies the steps of every stage
     parts: str = "all",     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
     images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
+    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,grit=DIR
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
     checkpointing: store_true = False, # Recompute activations: less memory, a third more work
@@ -168,9 +175,10 @@ def train(
     names = tuple(STAGES) if stage == "all" else (stage,)
     if parts != "all" and stage != "decoders": raise UserError("--parts is for --stage decoders")
     if images and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders; the others need captions")
+    if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
-    train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache))
+    train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache), **{s: dict(data=_sets(data)) for s in ("pretrain", "instruct")})
     end_processes()
     if not is_main(): return
     for s in STAGES:

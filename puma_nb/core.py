@@ -44,7 +44,8 @@ def parse_scale(text: str|int): # `4`, `"f4"` or `"4"`
 @dataclass(frozen=True)
 class WorldPreset:
     "The drawn scenes that stand in for the paper's data sets."
-    train: int              # scenes for training
+    train: int              # scenes for training encoder and decoders
+    pairs: int              # captioned scenes for the language model
     val: int                # scenes for validation
     max_objects: int        # objects in a scene
     edits: int              # edit pairs for training
@@ -177,7 +178,7 @@ _COSINE, _CLIP5 = ("cosine", "A.2"), (5.0, "A.2")
 
 # %% ../nbs/00_core.ipynb #5b97762c
 _NANO = {
-    "world": dict(train=(12000, _BUDGET), val=(1000, "ours"), max_objects=(2, "ours"), edits=(12000, _BUDGET), conditions=(4000, _BUDGET)),
+    "world": dict(train=(12000, _BUDGET), pairs=(24000, "ours: two things in one picture must be seen in many combinations"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(12000, _BUDGET), conditions=(4000, _BUDGET)),
     "encoder": dict(image_size=(32, "ours: 224 in 4.1"), patch_size=(2, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(96, "ours: 1024 in CLIP-L"),
         layers=(4, "ours: 24 in CLIP-L"), heads=(3, "ours: 16 in CLIP-L"), mlp_size=(256, "ours: 4096 in CLIP-L"), projection_size=(64, "ours: 768 in CLIP-L")),
     "autoencoder": dict(channels=((32, 64, 96), "ours"), layers_per_block=(1, "ours"), latent_channels=(8, "ours: 4 in SDXL"), norm_groups=(16, "ours"), attention=(False, "ours: on in SDXL"), image_size=(32, "ours: 1024 in SDXL")),
@@ -205,7 +206,7 @@ _NANO = {
 # %% ../nbs/00_core.ipynb #32b9fc90
 _FEW = "ours: for tests"
 _PICO = {
-    "world": dict(train=(64, _FEW), val=(16, _FEW), edits=(32, _FEW), conditions=(32, _FEW)),
+    "world": dict(train=(64, _FEW), pairs=(64, _FEW), val=(16, _FEW), edits=(32, _FEW), conditions=(32, _FEW)),
     "encoder": dict(hidden_size=(16, _FEW), layers=(1, _FEW), heads=(2, _FEW), mlp_size=(32, _FEW), projection_size=(8, _FEW)),
     "autoencoder": dict(channels=((8, 8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW)),
     "decoder": dict(channels=((8, 16), _FEW), heads=(2, _FEW), cross_size=(16, _FEW), norm_groups=(4, _FEW), coordinates=(8, _FEW), sampling_steps=(3, _FEW)),
@@ -216,7 +217,7 @@ _PICO = {
 # %% ../nbs/00_core.ipynb #87eb4faa
 _GPU = "ours: meant for half an hour on one GPU; not yet run"
 _MINI = {
-    "world": dict(train=(100000, _GPU), edits=(40000, _GPU), conditions=(20000, _GPU)),
+    "world": dict(train=(100000, _GPU), pairs=(100000, _GPU), edits=(40000, _GPU), conditions=(20000, _GPU)),
     "encoder": dict(image_size=(64, "ours"), patch_size=(4, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(128, "ours"), layers=(6, "ours"), heads=(4, "ours"), mlp_size=(384, "ours")),
     "autoencoder": dict(channels=((48, 96, 128), "ours"), image_size=(64, "ours")),
     "decoder": dict(channels=((80, 112), "ours"), heads=(4, "ours"), min_side=(64, "ours: 512 in A.1"), cross_size=(128, "ours"), attention=("fused", "ours: the library's default")),
@@ -233,7 +234,7 @@ def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "
                 checkpointing=(True, "ours: the paper does not say"), compile=(False, "ours: the paper does not say"))
 _RELEASED = _long(0, 1024, 8e-5, 0, "taken from its release", "linear", (1.0, "taken from its release"))
 _PAPER = {
-    "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
+    "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), pairs=(12000, "ours"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
     "encoder": dict(image_size=(224, "4.1"), patch_size=(14, _CLIP), hidden_size=(1024, _CLIP), layers=(24, _CLIP), heads=(16, _CLIP), mlp_size=(4096, _CLIP), projection_size=(768, _CLIP)),
     "autoencoder": dict(channels=((128, 256, 512, 512), _SDXL), layers_per_block=(2, _SDXL), latent_channels=(4, _SDXL), norm_groups=(32, _SDXL), attention=(True, _SDXL), image_size=(1024, _SDXL)),
     "decoder": dict(channels=((320, 640, 1280), _SDXL), layers_per_block=(2, _SDXL), heads=((5, 10, 20), _SDXL), transformers=((0, 2, 10), _SDXL), linear_projection=(True, _SDXL),

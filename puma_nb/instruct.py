@@ -37,7 +37,7 @@ def deeper(preset: Preset): # The preset with tuning's depth of pyramids
 def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Samples of the four families; captions are rehearsed."
     w = preset.world
-    sizes = dict(t2i=w.train, caption=w.train, ground=w.train, edit=w.edits, condition=w.conditions, question=w.train)
+    sizes = dict(t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions, question=w.pairs)
     extra = dict(question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS))
     return {b: world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {})) for b, n in sizes.items()}
 
@@ -58,16 +58,16 @@ def edit_score(puma: Puma, kind: str, scale: int = 2, split="val", n: int = 100,
     return dict(score_scenes(asked, [read_scene(x) for x in out]), copy=score_scenes(asked, [read_scene(x) for x in sources])["attributes"])
 
 # %% ../nbs/05_instruct.ipynb #62e7df8d
-def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progress=True):
+def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progress=True, data: dict = None): # data: as for pretraining
     "Stage `instruct`: one model for the four families; gate: yes/no questions."
     begun, out, stage = time.time(), Path(out), preset.stages["instruct"]
     model, tokenizer = load_mllm(out, "pretrain", device)
-    sets, store = prepare_samples(instruct_samples(preset, seed), tokenizer, load_encoder(out, device), model.stats, progress)
-    task = PretrainTask(deeper(preset), model, tokenizer, sets, INSTRUCT_SHARES, store, "instruct", seed)
+    task = task_for("instruct", deeper(preset), model, tokenizer, load_encoder(out, device), seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000)
     if not is_main(): return
     speed = speed_report(task, stage, log); save_mllm(model, tokenizer, out / "instruct")
+    if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=task.report(), speed=speed)
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
     answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")}

@@ -273,11 +273,13 @@ class MLLMTask(Task):
     def choose(self, positions, step): # long pyramids: fewer sequences, about as many tokens
         return positions[::max(1, round(len(slots(self.stop(step), self.preset.mllm.first_scale)) / 28))]
 
+    def gather(self, positions): # the segments of each sample, and the features that they refer to
+        return [self.sets[n][sample_ids([k], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, k in draw(positions, self.shares, self.seed)], self.store
+
     def batch(self, positions, step):
         stop, m = self.stop(step), self.preset.mllm
-        names = mixture_ids(positions, self.shares, self.seed)
-        segments = [self.sets[n][sample_ids([p], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, p in zip(names, positions)]
-        b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments], self.store, self.tokenizer.pad_token_id)
+        segments, store = self.gather(positions)
+        b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments], store, self.tokenizer.pad_token_id)
         share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
         amount = share * torch.tensor(m.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
         b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))

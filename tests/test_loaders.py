@@ -150,3 +150,43 @@ def test_small_pictures_are_left_out_for_decoders(tmp_path):
 def test_addresses_are_not_fetched(tmp_path):
     Dataset.from_list([dict(url="https://somewhere/x.png", caption="c")]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="img2dataset"): list(Loader(CARDS["laion-2b"], tmp_path, "pretrain", 8))
+
+
+READER = """
+import json, os, sys
+import torch.distributed as dist
+from puma_nb.data import draw, load_cards
+from puma_nb.loaders import CardSet
+dist.init_process_group("gloo"); rank, world = dist.get_rank(), dist.get_world_size(); assert world == 2
+folder, out, begin, end = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sets = {n: CardSet(load_cards()[n], folder + "/" + n, "pretrain", 8, least=0) for n in ("laion-2b", "laion-aesthetics")}
+said = []
+for p in range(begin + rank, end, world):
+    name, k = draw([p], {"laion-2b": 3, "laion-aesthetics": 1})[0]
+    said.append(next(g["text"] for g in sets[name][k]["segments"] if g["kind"] == "text"))
+json.dump(said, open(f"{out}/{begin}_{rank}.json", "w"))
+dist.barrier(); dist.destroy_process_group()
+"""
+
+
+def test_two_processes_read_every_sample_once_also_when_resumed(tmp_path):
+    "16 shards of one set and 4 of another, shares 3 to 1: a run of exactly one and a half thousand positions, cut in the middle."
+    import subprocess, sys
+    said = {"laion-2b": [], "laion-aesthetics": []}
+    for name, shards, rows in (("laion-2b", 16, 60), ("laion-aesthetics", 4, 80)):
+        (tmp_path / name).mkdir()
+        for s in range(shards):
+            with tarfile.open(tmp_path / name / f"{s:05d}.tar", "w") as tar:
+                for k in range(rows):
+                    words = f"{name} {s} {k}"; said[name].append(words)
+                    for kind, data in (("png", png(SCENES[0], 8)), ("txt", words.encode())):
+                        info = tarfile.TarInfo(f"{k:05d}.{kind}"); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+    script = tmp_path / "reader.py"; script.write_text(READER)
+    for begin, end in ((0, 503), (503, 1280)):  # 1,280 positions draw 960 of the first set and 320 of the second: one epoch of each
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path), str(tmp_path), str(begin), str(end)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    read = Counter(t for f in tmp_path.glob("*_?.json") for t in json.loads(f.read_text()))
+    first = [t for t in read.elements() if t.startswith("laion-2b")]
+    assert abs(len(first) - 960) <= 12 and sum(read.values()) == 1280  # the last block of a thousand is not full: shares are exact in whole blocks
+    assert max(read[t] for t in said["laion-2b"]) <= (1 if len(first) <= 960 else 2) and len(set(first)) == min(960, len(first))
+    assert set(read) <= {t for v in said.values() for t in v}

@@ -200,7 +200,7 @@ _NANO = {
     "stage.f0": _stage(1000, 64, 1e-3, 50, ema=_EMA), "stage.f1": _stage(750, 64, 1e-3, 50, ema=_EMA), "stage.f2": _stage(500, 64, 1e-3, 50, ema=_EMA),
     "stage.f3": _stage(375, 64, 1e-3, 50, ema=_EMA), "stage.f4": _stage(250, 64, 1e-3, 50, ema=_EMA),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
-    "stage.instruct": _stage(5000, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct": _stage(5500, 48, 6e-4, 50, _COSINE, _CLIP5),
 }
 
 # %% ../nbs/00_core.ipynb #32b9fc90

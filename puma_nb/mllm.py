@@ -323,18 +323,19 @@ class Reading:
         self.model, self.cache, self.fixed, device = model, kinds[cache](model.config.text_config), cache == "static", next(model.parameters()).device
         self.step, self.mask = torch.compile(model, dynamic=False) if compile else model, b["mask"].to(device)
         self.new = dict(ids=b["ids"].to(device), slot=b["slot"].to(device), features=b["features"].to(device), position_ids=(self.mask.cumsum(-1) - 1).clamp_min(0))
+        self.padded = self.fixed or not bool(self.mask.all())                  # without padding, causality is all the mask there is
         if self.fixed: self.mask = F.pad(self.mask, (0, room), value=1)  # what is still to come is hidden by causality
 
     def read(self): # -> B x 1 x width
         "The hidden state at the last position."
         run = self.step if self.new["ids"].shape[1] == 1 else self.model
-        return run(**self.new, mask=self.mask, past_key_values=self.cache, use_cache=self.cache is not None).last_hidden_state[:, -1:]
+        return run(**self.new, mask=self.mask if self.padded else None, past_key_values=self.cache, use_cache=self.cache is not None).last_hidden_state[:, -1:]
 
     def append(self, ids, slot, features): # B x 1, B x 1, B x 1 x C
         "What is read next."
         step = dict(ids=ids, slot=slot, features=features, position_ids=self.new["position_ids"][:, -1:] + 1)
         self.new = step if self.cache is not None else {k: torch.cat([v, step[k].to(v.dtype)], 1) for k, v in self.new.items()}
-        if not self.fixed: self.mask = F.pad(self.mask, (0, 1), value=1)
+        if self.padded and not self.fixed: self.mask = F.pad(self.mask, (0, 1), value=1)
 
 # %% ../nbs/03_mllm.ipynb #7415f7b8
 @torch.no_grad()

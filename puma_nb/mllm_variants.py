@@ -87,7 +87,7 @@ class FlowHead(nn.Module):
 
     def velocity(self, x, t, hidden): # ... x C, ... x 1, ... x width
         waves = torch.cat([f(math.pi * t * 2**k) for k in range(4) for f in (torch.sin, torch.cos)], -1)
-        z = self.enter(x) + self.told(hidden) + self.time(waves)
+        z = self.enter(x.to(hidden.dtype)) + self.told(hidden) + self.time(waves.to(hidden.dtype))
         for block in self.blocks: z = z + block(z)
         return self.leave(F.silu(z))
 

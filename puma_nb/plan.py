@@ -106,7 +106,7 @@ def make_plan(
     weights = count["language_model"] + count["encoder"] + count["autoencoder"]
     return dict(preset=preset.name, gpu=gpu, gpus=gpus, mfu=mfu, parameters=count, deployed=weights + 5 * count["decoder"], one_answer=weights + count["decoder"],
                 stages=rows, memory=memory, fits={k: sum(v.values()) < device.memory for k, v in memory.items()},
-                seconds_per_token=2 * count["language_model"] / (device.bandwidth * 1e12), bf16=device.bf16)
+                seconds_per_token=2 * (count["language_model"] - (1 if preset.mllm.tied else 2) * preset.mllm.vocab_size * preset.mllm.hidden_size) / (device.bandwidth * 1e12), bf16=device.bf16)
 
 def show_plan(p): # Text
     "A plan as text."
@@ -116,6 +116,6 @@ def show_plan(p): # Text
     out += [f"{r['stage']:9} {r['samples']:13,} {r['tflop_per_sample']:11.4g} {r['total_flop']:9.2g} {r['days']:9.3g}" for r in p["stages"]]
     out += [f"{'all':9} {'':13} {'':11} {sum(r['total_flop'] for r in p['stages']):9.2g} {sum(r['days'] for r in p['stages']):9.3g}", "", "memory of the language model's training step, GB on each device:"]
     out += [f"  {k:44} states {v['states']:8.2f}  activations {v['activations']:7.2f}  logits {v['logits']:5.2f}   {'fits' if p['fits'][k] else 'does not fit'}" for k, v in p["memory"].items()]
-    out += ["", f"generation: at best {1000 * p['seconds_per_token']:.3g} ms a token (each reads all weights once), {341 * p['seconds_per_token']:.3g} s for 341 image tokens"]
+    out += ["", f"generation: at best {1000 * p['seconds_per_token']:.3g} ms a token (an image token reads all weights but those of the words), {341 * p['seconds_per_token']:.3g} s for 341 image tokens"]
     if not p["bf16"]: out += ["this GPU has no bfloat16: float16 with loss scaling, or float32"]
     return "\n".join(out)

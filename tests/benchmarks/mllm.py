@@ -130,11 +130,11 @@ def memory():
 
 def main():
     a = argparse.ArgumentParser(); a.add_argument("--rounds", type=int, default=7); a.add_argument("--json"); a.add_argument("--only"); a = a.parse_args()
-    jobs = dict(generation=lambda: generation(max(2, a.rounds // 2)), training=lambda: training(a.rounds), training_128k=lambda: training(max(2, a.rounds // 2), 128256 + 226), memory=memory)
+    jobs = dict(memory=memory, generation=lambda: generation(max(2, a.rounds // 2)), training=lambda: training(a.rounds), training_128k=lambda: training(max(2, a.rounds // 2), 128256 + 226))  # memory first: a child inherits its parent's peak
     found = dict(machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, bf16 {has_bf16()}")
     for k, job in jobs.items():
         if a.only in (None, k): found[k] = job(); print(k, json.dumps(found[k], indent=1), flush=True)
-    if a.json: Path(a.json).write_text(json.dumps(found, indent=1))
+        if a.json: Path(a.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__": main()

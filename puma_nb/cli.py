@@ -64,7 +64,7 @@ def demo(
 ):
     "One prompt at five scales, with two seeds: DIR/demo.png"
     if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
-    import matplotlib; matplotlib.use("agg")
+    if "ipykernel" not in sys.modules: import matplotlib; matplotlib.use("agg")  # no window; in a notebook pictures stay where they are
     folder, puma = writable_folder(out), Puma(model)
     rows = [puma.generate(prompt, SCALES, s) for s in (seed, seed + 1)]
     fig = show_images([r[i][0] for r in rows for i in COARSE_TO_FINE], [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE] * 2, cols=5, size=1.9,

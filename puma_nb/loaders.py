@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Image as ImageFeature
 from datasets import load_dataset
+from fastcore.basics import patch
 from PIL import Image
 from .core import *
 from .world import *
@@ -183,46 +184,49 @@ class Loader:
         total = self.kept + self.broken
         if (total >= 50 or last) and self.broken > self.max_broken * total: raise UserError(f"{self.card.name}: {self.broken} of {total} rows cannot be used ({dict(self.skipped)}); at most {self.max_broken:.0%} may be broken")
 
-    def sample(self, row, rng):
-        "One row as a sample; raises `Skip`."
-        if "broken" in row: raise Skip(row["broken"])
-        drop = self.rules.get("drop_subsets")
-        if drop and any(fnmatch.fnmatch(str(_find(row, drop["column"])).lower(), m.lower()) for m in drop["match"]): raise Skip("left out by a rule")
-        fields = fields_of(self.card, row)
-        for f in self.rules.get("nonempty", ()):
-            if not fields.get(f) or (isinstance(fields[f], list) and not any(fields[f])): raise Skip(f"no {f}")
-        if not fields: raise Skip("none of the card's columns")
-        if missing := [f for f in PICTURES if f in self.card.meta["puma"]["columns"].values() and f not in fields]: raise Skip(f"no {missing[0]}")
-        chosen = {f: fields[f][int(rng.integers(len(fields[f])))] for f in PICTURES if f in fields}
-        if "source" in chosen: fields["kind"] = chosen["source"][0]
-        pictures = {f: open_picture(v, self.folder) for f, (_, v) in chosen.items()}
-        if any(min(p.size) < self.least for p in pictures.values()): raise Skip("too small")
-        images = self.crop(pictures, fields, rng)
-        if self.seen is not None:
-            mark = hashlib.sha256(repr((fields.get("question"), fields.get("caption"))).encode() + b"".join(t.numpy().tobytes() for t in images)).hexdigest()
-            if mark in self.seen: raise Skip("in another set")
-            self.seen.add(mark)
-        segments = arrange(fields, self.stage, rng)
-        if any(g["kind"] == "text" and not g["text"].strip() for g in segments): raise Skip("empty text")
-        return dict(family=FAMILIES.get(self.stage, "t2i" if segments[-1]["kind"] == "image" else "understand"), skill=self.card.name, images=images, segments=segments, scene="",
-                    answer=segments[-1]["text"])
-
-    def crop(self, pictures, fields, rng):
-        "Square pictures in the order of `PICTURES`; boxes and caption follow the crop."
-        sizes = {p.size for p in pictures.values()}
-        if len(sizes) > 1: pictures = {f: p.resize(pictures["target"].size, Image.BILINEAR) for f, p in pictures.items()}  # an edit's pair must match
-        if not pictures: return []
-        size = next(iter(pictures.values())).size
-        cut = window(*size, self.rules.get("crop", "center"), rng)
-        if fields.get("boxes"):
-            moved = [(*r[:2], *b) for r in fields["boxes"] if (b := move_box(r[2:6], size, cut))]
-            fields["caption"] = grounded(fields["caption"], moved, self.rules.get("min_box_side", 0))
-            if not fields["caption"]: raise Skip("no box is left")
-        return [torch.from_numpy(np.array(pictures[f].crop(cut).resize((self.side, self.side), Image.BILINEAR))).permute(2, 0, 1) for f in PICTURES if f in pictures]
-
     def report(self): # One line
         "What came through, and what did not."
         return f"{self.card.name}: {self.kept} samples" + (", left out: " + ", ".join(f"{k} {v}" for k, v in self.skipped.most_common()) if self.skipped else "")
+
+# %% ../nbs/00f_loaders.ipynb #8daa6e10
+@patch
+def sample(self: Loader, row, rng):
+    "One row as a sample; raises `Skip`."
+    if "broken" in row: raise Skip(row["broken"])
+    drop = self.rules.get("drop_subsets")
+    if drop and any(fnmatch.fnmatch(str(_find(row, drop["column"])).lower(), m.lower()) for m in drop["match"]): raise Skip("left out by a rule")
+    fields = fields_of(self.card, row)
+    for f in self.rules.get("nonempty", ()):
+        if not fields.get(f) or (isinstance(fields[f], list) and not any(fields[f])): raise Skip(f"no {f}")
+    if not fields: raise Skip("none of the card's columns")
+    if missing := [f for f in PICTURES if f in self.card.meta["puma"]["columns"].values() and f not in fields]: raise Skip(f"no {missing[0]}")
+    chosen = {f: fields[f][int(rng.integers(len(fields[f])))] for f in PICTURES if f in fields}
+    if "source" in chosen: fields["kind"] = chosen["source"][0]
+    pictures = {f: open_picture(v, self.folder) for f, (_, v) in chosen.items()}
+    if any(min(p.size) < self.least for p in pictures.values()): raise Skip("too small")
+    images = self.crop(pictures, fields, rng)
+    if self.seen is not None:
+        mark = hashlib.sha256(repr((fields.get("question"), fields.get("caption"))).encode() + b"".join(t.numpy().tobytes() for t in images)).hexdigest()
+        if mark in self.seen: raise Skip("in another set")
+        self.seen.add(mark)
+    segments = arrange(fields, self.stage, rng)
+    if any(g["kind"] == "text" and not g["text"].strip() for g in segments): raise Skip("empty text")
+    return dict(family=FAMILIES.get(self.stage, "t2i" if segments[-1]["kind"] == "image" else "understand"), skill=self.card.name, images=images, segments=segments, scene="",
+                answer=segments[-1]["text"])
+
+@patch
+def crop(self: Loader, pictures, fields, rng):
+    "Square pictures in the order of `PICTURES`; boxes and caption follow the crop."
+    sizes = {p.size for p in pictures.values()}
+    if len(sizes) > 1: pictures = {f: p.resize(pictures["target"].size, Image.BILINEAR) for f, p in pictures.items()}  # an edit's pair must match
+    if not pictures: return []
+    size = next(iter(pictures.values())).size
+    cut = window(*size, self.rules.get("crop", "center"), rng)
+    if fields.get("boxes"):
+        moved = [(*r[:2], *b) for r in fields["boxes"] if (b := move_box(r[2:6], size, cut))]
+        fields["caption"] = grounded(fields["caption"], moved, self.rules.get("min_box_side", 0))
+        if not fields["caption"]: raise Skip("no box is left")
+    return [torch.from_numpy(np.array(pictures[f].crop(cut).resize((self.side, self.side), Image.BILINEAR))).permute(2, 0, 1) for f in PICTURES if f in pictures]
 
 # %% ../nbs/00f_loaders.ipynb #42514e6f
 class TarTable:
@@ -248,6 +252,7 @@ class TarTable:
 class CardSet:
     "Samples of a set by their position in the run; see `Loader` for what a row becomes."
     def __init__(self, card: Card, source, stage: str, side: int, seed: int = 0, group: int = 4, **kwargs): # group: shards that are mixed with each other
+        if kwargs.get("seen") is not None: raise UserError("duplicates are found in one pass, with Loader: in a second epoch every row would count as one")
         self.loader, self.seed, self.group = Loader(card, source, stage, side, seed, **kwargs), seed, group
         name, files = layout(source)
         if name == "webdataset": self.tables = [TarTable(f) for f in files]

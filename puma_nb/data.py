@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SYSTEM', 'COLORIZE', 'POSITIONS', 'GROUND', 'BUILDERS', 'SAMPLE', 'IMAGE_SUFFIXES', 'MAX_BROKEN', 'SPECIALS', 'MIXED',
            'text', 'image', 't2i_sample', 'caption_sample', 'question_sample', 'edit_sample', 'condition_sample',
-           'box_tokens', 'boxes_in', 'ground_caption', 'ground_sample', 'Card', 'read_card', 'load_cards',
-           'world_samples', 'as_dataset', 'pixels', 'image_files', 'image_set', 'add_puma_tokens', 'train_tokenizer',
-           'to_ids', 'sample_ids', 'draw', 'mixture_ids']
+           'read_sample', 'passage_sample', 'box_tokens', 'boxes_in', 'ground_caption', 'ground_sample', 'Card',
+           'read_card', 'load_cards', 'world_samples', 'as_dataset', 'pixels', 'image_files', 'image_set',
+           'add_puma_tokens', 'train_tokenizer', 'to_ids', 'sample_ids', 'draw', 'mixture_ids']
 
 # %% ../nbs/00b_data.ipynb #5962caee
 import io, re
@@ -64,6 +64,16 @@ def condition_sample(scene, rng): # With probability 0.5 the instruction goes be
     picture = draw_scene(scene)
     return _sample("condition", "colorize", [to_gray(picture), picture], [image(0, False), text(prompt, False), image(1, True)], scene, prompt)
 
+def read_sample(sign, rng): # Words to read: OCR-VQA, LLaVAR
+    "`system [IMG] sign [/IMG] question answer`: as questions are, so that `ask` asks for both"
+    q = "what is written here?" if rng.random() < .3 else f"what {'number' if sign.words.isdigit() else 'word'} is written?"
+    return _sample("understand", "read", [draw_scene(sign)], [text(SYSTEM, False), image(0, False), text(q, False), text(sign.words, True)], sign, sign.words)
+
+def passage_sample(scene, rng): # The Pile
+    "Text alone; all of it is learnt."
+    t = passage(scene, rng)
+    return _sample("understand", "passage", [], [text(t, True)], scene, t)
+
 # %% ../nbs/00b_data.ipynb #22ca207a
 POSITIONS = 224  # A.2: position tokens
 GROUND = "say it with boxes"  # ours: without it, nothing would tell whether boxes are wanted
@@ -89,7 +99,7 @@ def ground_sample(scene, rng): # Boxes in the prompt, or in the answer, half and
     return _sample("understand", "ground_caption", [draw_scene(scene)], [image(0, False), text(GROUND, False), text(t, True)], scene, t)
 
 # %% ../nbs/00b_data.ipynb #e0f84ac9
-BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, ground=ground_sample, question=question_sample, edit=edit_sample, condition=condition_sample)
+BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, ground=ground_sample, question=question_sample, edit=edit_sample, condition=condition_sample, read=read_sample, passage=passage_sample)
 
 @dataclass
 class Card:
@@ -133,9 +143,9 @@ def world_samples(
     **kwargs               # For the builder, say kinds=("add",)
 ): # A list of n samples whose images are uint8 tensors
     "Samples of one kind, from scenes 0, 1, 2, ... of a split."
-    out, i = [], 0
+    out, i, scene_of = [], 0, sample_sign if builder == "read" else sample_scene
     while len(out) < n:
-        s = BUILDERS[builder](sample_scene(seed, i, split, max_objects), np_rng("sample", seed, i, builder), **kwargs)
+        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), np_rng("sample", seed, i, builder), **kwargs)
         out += [s] if s else []; i += 1
     return out
 

@@ -163,6 +163,14 @@ def train(
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
     checkpointing: store_true = False, # Recompute activations: less memory, a third more work
+    accumulate: int = 1,    # Micro-batches a step: less memory, the same gradient
+    ahead: int = None,      # Batches prepared while a step computes; 2 with --data, else 0
+    float32: store_true = False, # No bfloat16
+    shard: store_true = False, # Divide weights, gradients and moments among the processes of torchrun
+    bad_step: str = "stop", # stop, or skip: a gradient that is not finite, or a spike
+    spike: float = 0.0,     # A gradient this many times its running mean is a spike; 0 looks for none
+    norms: int = 0,         # Steps between gradient norms of single terms; 0 measures none
+    tensorboard: store_true = False, # Write the logs for TensorBoard, too
     seed: int = 0,          # Seed of everything
     device: str = None,     # cpu, cuda or mps; the best there is by default
     quiet: store_true = False # No progress bars
@@ -178,7 +186,8 @@ def train(
     if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
-    train_system(p, folder, names, seed, resume, device, not quiet, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache), **{s: dict(data=_sets(data)) for s in ("pretrain", "instruct")})
+    how = Run(accumulate, (2 if data else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, norms, tensorboard)
+    train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache), **{s: dict(data=_sets(data)) for s in ("pretrain", "instruct")})
     end_processes()
     if not is_main(): return
     for s in STAGES:

@@ -17,8 +17,10 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
 from fastcore.basics import patch
@@ -222,6 +224,8 @@ class DecoderTask(Task):
         self.weights, self.schedule, self.cycle = dict(denoise=1.0), noise_schedule(preset.decoder), max(6, len(scales))
 
     def checkpointing(self): next(m for m in self.model.modules() if isinstance(m, UNet2DConditionModel)).enable_gradient_checkpointing()
+
+    def blocks(self): return [m for m in self.model.modules() if isinstance(m, BasicTransformerBlock)]
 
     def batch(self, positions, step):
         d, device, key = self.preset.decoder, next(self.model.parameters()).device, (self.seed, self.name)
@@ -435,11 +439,11 @@ def own_pictures(preset: Preset, source, progress=False): # N x 3 x H x W uint8
     if is_main(): print(f"{source}: {len(x)} pictures" + "".join(f", {n} left out: {why}" for why, n in left_out.items()), flush=True)
     return x
 
-def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, progress=True, images=None):
+def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), images=None):
     "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back. `images`: train on these pictures instead of the world's."
     begun, out, stage = time.time(), Path(out), preset.stages["autoencoder"]
     task = AutoencoderTask(preset, seed, images and own_pictures(preset, images, progress))
-    log = fit(task, stage, out / "autoencoder", seed, resume, device, name="autoencoder", progress=progress)
+    log = fit(task, stage, out / "autoencoder", seed, resume, device, name="autoencoder", progress=progress, run=run)
     if not is_main(): return
     latents = standardize(task.model.vae, task.images[:2000])
     shown, scenes = world_images(preset, "val", min(300, preset.world.val), seed, preset.autoencoder.image_size) if images is None else (task.images[:300], None)
@@ -489,26 +493,28 @@ def _report(folder, task, stage, log, begun):
     "What a finished part took. Whoever finds this file may rely on the part."
     save_json(dict(seconds=round(time.time() - begun), **speed_report(task, stage, log)), folder / "part.json")
 
-def _train_base(preset, home, data, seed, resume, device, progress, ready): # The base
+def _train_base(preset, home, data, seed, resume, device, progress, run, ready): # The base
     "Train the common base, or read it."
     torch.manual_seed(seed_of(seed, "decoders"))
     base, folder, begun, stage = BaseDecoder(preset), _part(home, "base"), time.time(), preset.stages["base"]
     if ready: base.net.load_state_dict(load_file(folder / "base.safetensors")); return base
     task = DecoderTask(preset, base, data, BASE_SCALES, "base", seed)
-    log = fit(task, stage, folder, seed, resume, device, name="base decoder", progress=progress)
-    if is_main(): save_tensors(base.net.state_dict(), folder / "base.safetensors"); _report(folder, task, stage, log, begun)
-    return base
+    log = fit(task, stage, folder, seed, resume, device, name="base decoder", progress=progress, run=run)
+    if is_main(): save_tensors(task.model.net.state_dict(), folder / "base.safetensors"); _report(folder, task, stage, log, begun)
+    if not is_sharded(base): return base
+    PartialState().wait_for_everyone()  # a base in parts cannot be copied: all read what was saved
+    return _train_base(preset, home, data, seed, resume, device, progress, run, ready=True)
 
-def _train_one(preset, base, scale, home, data, seed, resume, device, progress):
+def _train_one(preset, base, scale, home, data, seed, resume, device, progress, run):
     "Train the decoder of one scale, starting from the base."
     decoder, folder, begun, stage = specialise(base.net, preset, scale, data.stats), _part(home, scale), time.time(), preset.stages[f"f{scale}"]
     task = DecoderTask(preset, decoder, data, (scale,), f"f{scale}", seed)
-    log = fit(task, stage, folder, seed, resume, device, name=f"decoder f{scale}", progress=progress, sample_every=max(1, stage.steps // 2))
-    if is_main(): decoder.save_pretrained(folder); _report(folder, task, stage, log, begun)
+    log = fit(task, stage, folder, seed, resume, device, name=f"decoder f{scale}", progress=progress, sample_every=max(1, stage.steps // 2), run=run)
+    if is_main(): task.model.save_pretrained(folder); _report(folder, task, stage, log, begun)
 
 # %% ../nbs/02_decoders.ipynb #39575d95
 def train_decoders(
-    preset: Preset, out, seed=0, resume=False, device=None, progress=True,
+    preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(),
     parts=PARTS, # Which to train now
     images=None, # Train on these pictures instead of the world's: see `image_files`
     cache=None   # Folder that keeps features and latents from run to run
@@ -522,8 +528,8 @@ def train_decoders(
     pictures = own_pictures(preset, images, progress) if images else world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0]
     data = decoder_data(preset, encoder, latents, pictures, stats, cache, progress)
     todo = [i for i in parts if i != "base" and not ready(i)]  # before anything is written: all processes agree
-    base = _train_base(preset, home, data, seed, resume, device, progress, ready("base"))
-    for i in todo: _train_one(preset, base, i, home, data, seed, resume, device, progress)
+    base = _train_base(preset, home, data, seed, resume, device, progress, run, ready("base"))
+    for i in todo: _train_one(preset, base, i, home, data, seed, resume, device, progress, run)
     if not is_main(): return
     if missing := [f"f{i}" for i in SCALES if not ready(i)]: print(f"decoders: still to train: {', '.join(missing)}", flush=True); return
     shown = pictures[:200] if images else world_images(preset, "val", min(200, preset.world.val), seed, preset.autoencoder.image_size)[0]

@@ -58,15 +58,17 @@ def edit_score(puma: Puma, kind: str, scale: int = 2, split="val", n: int = 100,
     return dict(score_scenes(asked, [read_scene(x) for x in out]), copy=score_scenes(asked, [read_scene(x) for x in sources])["attributes"])
 
 # %% ../nbs/05_instruct.ipynb #62e7df8d
-def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progress=True, data: dict = None): # data: as for pretraining
+def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), data: dict = None): # data: as for pretraining
     "Stage `instruct`: one model for the four families; gate: yes/no questions."
     begun, out, stage = time.time(), Path(out), preset.stages["instruct"]
     model, tokenizer = load_mllm(out, "pretrain", device)
-    task = task_for("instruct", deeper(preset), model, tokenizer, load_encoder(out, device), seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress)
+    encoder = load_encoder(out, device)
+    task = task_for("instruct", deeper(preset), model, tokenizer, encoder, seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
-    log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000)
+    if not data: task.held = held_out(preset, encoder, seed=seed)
+    log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000, run=run)
     if not is_main(): return
-    speed = speed_report(task, stage, log); save_mllm(model, tokenizer, out / "instruct")
+    speed = speed_report(task, stage, log); save_mllm(task.model, tokenizer, out / "instruct")
     if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=task.report(), speed=speed)
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
@@ -85,11 +87,12 @@ def train_system(
     resume: bool = False, # Skip finished stages, go on in the middle of an unfinished one
     device: str = None,
     progress: bool = True,
+    run: Run = Run(),     # How stages are run
     **options             # stage -> what else it takes, say decoders=dict(parts=(0,))
 ):
     "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
     for name in stages:
         if not preset.stages["base" if name == "decoders" else name].steps: raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release, which this version cannot load yet: choose another preset")
         if resume and read_stage(out, name): print(f"{name}: finished before", flush=True); continue
-        STAGES[name](preset, out, seed, resume, device, progress, **options.get(name, {}))
+        STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
         if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves

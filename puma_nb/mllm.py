@@ -267,6 +267,16 @@ class MLLMTask(Task):
 
     def checkpointing(self): recompute_activations(self.model.language_model)
 
+    def blocks(self): return list(self.model.language_model.model.layers)
+
+    def work(self, b): # tokens that are not padding, room for tokens, and useful operations (chapter 3d has the formula)
+        m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
+        lengths = b["mask"].sum(-1).double(); tokens, text = int(lengths.sum()), found.pop("text")
+        layers = sum(p.numel() for p in self.model.language_model.model.layers.parameters())
+        attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
+        ends = 2 * m.hidden_size * (text * m.vocab_size + 2 * sum(found.values()) * b["features"].shape[-1])
+        return dict(tokens=tokens, room=b["mask"].numel(), flops=3 * (2 * layers * tokens + attention + ends))
+
     def stop(self, step): # the scale after which this step's images end: a function of the step
         return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
 

@@ -281,12 +281,13 @@ def train_encoder(
     seed: int = 0,
     resume: bool = False,
     device: str = None,
-    progress: bool = True
+    progress: bool = True,
+    run: Run = Run()       # How it is run
 ):
     "Stage `encoder`: train, save, measure its gate."
     begun, out, stage = time.time(), Path(out), preset.stages["encoder"]
     task = EncoderTask(preset, seed)
-    log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder", progress=progress)
+    log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder", progress=progress, run=run)
     if not is_main(): return  # one process measures and saves
     speed = speed_report(task, stage, log); net = task.model.cpu()
     encoder = CLIPVisionModel(vision_config(preset.encoder))

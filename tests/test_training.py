@@ -79,7 +79,7 @@ elif kind == "mixed":  # steps in which one process has pictures only and the ot
 elif kind == "autoencoder": task = AutoencoderTask(preset)
 else: task = DecoderTask(preset, build_decoder(preset, 2), decoder_data(preset, encoder, load_latents(root, "cpu"), world_images(preset)[0], stats), (2,))
 accelerator = make_accelerator("cpu", bf16=False)
-wrapped = accelerator.prepare(task.model)
+wrapped = accelerator.prepare(Losses(task))
 size = 2 if kind == "mixed" else 12
 for step in range(48 // max(size, 6)): log = train_step(accelerator, task, wrapped, np.arange(size * step, size * step + size), step)  # long and short pyramids; gradients add up
 if accelerator.is_main_process:

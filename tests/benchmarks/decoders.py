@@ -15,7 +15,7 @@ from puma_nb.core import get_preset, has_bf16
 from puma_nb.decoders import DecoderTask, Decoders, build_decoder, decoder_data, load_latents
 from puma_nb.metrics import lpips_distance, psnr
 from puma_nb.pyramid import encode_images, load_encoder, load_stats, pyramid, world_images
-from puma_nb.training import make_accelerator, matmul_ceiling, step_flops, train_step
+from puma_nb.training import Losses, make_accelerator, matmul_ceiling, step_flops, train_step
 
 
 def stepper(preset, data, scale, plain, compiled=False):
@@ -25,12 +25,13 @@ def stepper(preset, data, scale, plain, compiled=False):
     if plain: model.unet.set_attn_processor(AttnProcessor2_0())
     if compiled: model.compile()
     task, accelerator = DecoderTask(preset, model, data, (scale,)), make_accelerator("cpu", bf16=not plain)
+    losses = Losses(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain, foreach=False if not plain else None)
     model.train()
     batch = preset.stages[f"f{scale}"].batch
 
     def step(k):
-        train_step(accelerator, task, model, np.arange(k * batch, (k + 1) * batch), k)
+        train_step(accelerator, task, losses, np.arange(k * batch, (k + 1) * batch), k)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
     return step, task, batch

@@ -65,11 +65,11 @@ def training(rounds, vocabulary=None):
     make = lambda m: MLLMTask(nano, m, tokenizer, sets, shares, store, "bench")
     ours = make(build("eager"))
     def optimizer(m, **kw): return torch.optim.AdamW(m.parameters(), lr=1e-4, **kw)
-    own_opt = optimizer(ours.model, fused=True)
+    own_opt, losses = optimizer(ours.model, fused=True), Losses(ours)
     def step_ours():
         accelerator = make_accelerator("cpu")  # Trainer leaves another one behind
         for k in range(count):
-            train_step(accelerator, ours, ours.model, np.arange(k * stage.batch, (k + 1) * stage.batch), k)
+            train_step(accelerator, ours, losses, np.arange(k * stage.batch, (k + 1) * stage.batch), k)
             torch.nn.utils.clip_grad_norm_(ours.model.parameters(), 5.); own_opt.step(); own_opt.zero_grad()
     plain = Everywhere(build("sdpa"), ours.weights); plain_opt = optimizer(plain, foreach=False, fused=False)
     def batch(k): return ours.batch(ours.choose(np.arange(k * stage.batch, (k + 1) * stage.batch), k), k)

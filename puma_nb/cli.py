@@ -169,6 +169,7 @@ def train(
     shard: store_true = False, # Divide weights, gradients and moments among the processes of torchrun
     bad_step: str = "stop", # stop, or skip: a gradient that is not finite, or a spike
     spike: float = 0.0,     # A gradient this many times its running mean is a spike; 0 looks for none
+    save_every: int = 400,  # Steps between checkpoints
     norms: int = 0,         # Steps between gradient norms of single terms; 0 measures none
     tensorboard: store_true = False, # Write the logs for TensorBoard, too
     seed: int = 0,          # Seed of everything
@@ -186,7 +187,7 @@ def train(
     if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
-    how = Run(accumulate, (2 if data else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, norms, tensorboard)
+    how = Run(accumulate, (2 if data else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
     train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache), **{s: dict(data=_sets(data)) for s in ("pretrain", "instruct")})
     end_processes()
     if not is_main(): return
@@ -273,7 +274,8 @@ def main(argv=None): # Exit code
     def wrong(message): raise UserError(f"{message} (puma-nb {argv[0]} --help shows the options)")
     parser.error = wrong
     try:
-        options = vars(parser.parse_args(argv[1:]))
+        given = [a if not a.startswith("--") else "--" + "=".join([a[2:].split("=")[0].replace("-", "_"), *a.split("=", 1)[1:]]) for a in argv[1:]]  # --bad-step is --bad_step
+        options = vars(parser.parse_args(given))
         command(**{k: v for k, v in options.items() if k not in ("pdb", "xtra")})
         return 0
     except UserError as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 2

@@ -7,7 +7,7 @@ __all__ = ['INSTRUCT_SHARES', 'INSTRUCT_QUESTIONS', 'INSTRUCT_TURNS', 'STAGES', 
            'edit_score', 'train_instruct', 'train_system']
 
 # %% ../nbs/05_instruct.ipynb #741301aa
-import time
+import shutil, time
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -93,6 +93,9 @@ def train_system(
     "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
     for name in stages:
         if not preset.stages["base" if name == "decoders" else name].steps: raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release, which this version cannot load yet: choose another preset")
-        if resume and read_stage(out, name): print(f"{name}: finished before", flush=True); continue
+        if resume and read_stage(out, name):
+            print(f"{name}: finished before", flush=True)
+            if is_main(): [shutil.rmtree(c, ignore_errors=True) for c in list((Path(out) / name).rglob("checkpoints"))]  # a run killed at its very end leaves some
+            continue
         STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
         if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves

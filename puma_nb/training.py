@@ -236,6 +236,7 @@ class Log:
 
     def add(self, terms: dict, **spent): # spent: tokens, room, flops, samples, waited (seconds)
         "Take up the terms of one step, and what it cost."
+        if spent.get("room"): terms = {**terms, "padding": 1 - spent["tokens"] / spent["room"]}
         for k, v in terms.items():
             total, n = self.running.get(k, (0.0, 0)); self.running[k] = (total + float(v), n + 1)
         for k, v in spent.items(): self.spent[k] = self.spent.get(k, 0) + v
@@ -245,7 +246,7 @@ class Log:
         now, s = time.time(), self.spent; took = max(1e-9, now - self.last)
         row = dict(step=step, **{k: total / n for k, (total, n) in self.running.items()}, lr=lr, samples_per_second=round(s.get("samples", 0) / took, 2),
                    data_share=round(s.get("waited", 0) / took, 4), memory_gb=round(memory, 3), seconds=round(now - self.begun, 1))
-        if "tokens" in s: row |= dict(tokens_per_second=round(s["tokens"] / took), padding=round(1 - s["tokens"] / s["room"], 4))
+        if "tokens" in s: row |= dict(tokens_per_second=round(s["tokens"] / took))
         if "flops" in s and ceiling: row |= dict(mfu=round(s["flops"] / took / ceiling, 4))
         self.rows.append(row); self.running, self.spent, self.last = {}, {}, now
         if self.path:
@@ -271,12 +272,13 @@ class Run:
     shard: bool = False    # Weights, gradients and moments divided among processes (`fully_shard`, that is ZeRO-3)
     bad_step: str = "stop" # or "skip": what to do with a gradient that is not finite, or a spike
     spike: float = 0.0     # A gradient this many times its running mean is a spike; 0 looks for none
+    save_every: int = 400  # Steps between checkpoints
     norms_every: int = 0   # Steps between gradient norms of the loss's terms, each alone
     tensorboard: bool = False # Write the log for TensorBoard, too
 
     def __post_init__(self):
         if self.bad_step not in ("stop", "skip"): raise UserError(f"unknown choice {self.bad_step!r} for a bad step: choose stop or skip")
-        if self.accumulate < 1 or self.ahead < 0 or self.norms_every < 0 or self.spike and self.spike <= 1: raise UserError("a run wants at least one micro-batch, no negative numbers, and a spike above 1 (or 0 for none)")
+        if min(self.accumulate, self.save_every) < 1 or self.ahead < 0 or self.norms_every < 0 or self.spike and self.spike <= 1: raise UserError("a run wants at least one micro-batch and one step between checkpoints, no negative numbers, and a spike above 1 (or 0 for none)")
 
 # %% ../nbs/00c_training.ipynb #d3f2b612
 class Batches:
@@ -381,7 +383,6 @@ def fit(
     device: str = None,
     name: str = "training", # Shown by the progress bar
     log_every: int = 20,
-    save_every: int = 400,  # Steps; a multiple of `log_every`
     sample_every: int = 0,  # Steps between samples and validation; 0 has none
     progress: bool = True,
     run: Run = Run()        # How it is run
@@ -420,7 +421,7 @@ def fit(
             if (done % log_every == 0 or last) and log.running:
                 if "flops" in spent[0]: ceiling = ceiling or matmul_ceiling(accelerator.device) * accelerator.num_processes
                 bar.set_postfix(loss=f"{log.write(done, optimizer.param_groups[0]['lr'], ceiling, _memory(accelerator.device))['loss']:.4f}")
-            if done % save_every == 0 or stop or last: save(done)
+            if done % run.save_every == 0 or stop or last: save(done)
             if sample_every and main and not sharded and done % sample_every == 0: _look(task, log, done, out)
             if stop: raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
     finally: undo(); bar.close(); batches.close()

@@ -70,7 +70,7 @@ setup(
     ],
     python_requires=f">={min_python}",
     packages=find_packages(include=["puma_nb", "puma_nb.*"]),
-    package_data={"puma_nb": [f"weights/**/*.{suffix}" for suffix in WEIGHT_FILES]},
+    package_data={"puma_nb": ["accelerate_configs/*.yaml", *[f"weights/**/*.{suffix}" for suffix in WEIGHT_FILES]]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -6,8 +6,9 @@
 __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_tensors', 'save_json', 'fingerprint', 'cached',
            'gathered', 'is_sharded', 'run_state', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'Losses',
            'micro_batches', 'train_step', 'Interrupted', 'processes', 'is_main', 'end_processes', 'make_accelerator',
-           'Log', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay', 'term_norms', 'fit', 'matmul_ceiling',
-           'step_flops', 'speed_report', 'read_stage', 'finish_stage', 'stretched', 'switched_on', 'plot_log']
+           'Log', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay', 'term_norms', 'fit',
+           'accelerate_config', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
+           'stretched', 'switched_on', 'plot_log']
 
 # %% ../nbs/00c_training.ipynb #6444d598
 import copy, hashlib, json, math, os, shutil, signal, time, uuid
@@ -338,6 +339,11 @@ def term_norms(accelerator, task, micro, step): # {"norm_text": ..., ...}
     return {f"norm_{t}": (accelerator.reduce(g, "sum") if accelerator.num_processes > 1 else g).norm() for t, g in total.items()}
 
 # %% ../nbs/00c_training.ipynb #d4fded7f
+def _tell_deepspeed(plugin, stage, run): # DeepSpeed clips and steps within the backward pass: it must know, and cannot skip
+    "Give a stage's numbers to DeepSpeed, and refuse what it cannot do."
+    if run.shard or run.bad_step == "skip" or run.accumulate > 1 or stage.ema: raise UserError("DeepSpeed divides models itself and steps within the backward pass: leave out --shard, --bad-step skip and --accumulate, and stages with averaged weights; or use fsdp2.yaml")
+    plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=stage.clip)  # batches come from us; the first number is for its reports
+
 def _prepare(task, stage, accelerator, folder, resume, run): # (losses, optimizer, ema, state)
     "Everything that a run carries from step to step."
     if stage.checkpointing: task.checkpointing()
@@ -347,11 +353,14 @@ def _prepare(task, stage, accelerator, folder, resume, run): # (losses, optimize
     if run.shard:
         if accelerator.num_processes < 2: raise UserError("sharding divides a model among processes: start several, say torchrun --nproc_per_node 2 -m puma_nb.cli train --shard ...")
         for part in (*task.blocks(), losses): fully_shard(part)
+    if accelerator.state.deepspeed_plugin: _tell_deepspeed(accelerator.state.deepspeed_plugin, stage, run)
     optimizer = torch.optim.AdamW(task.groups(stage), lr=stage.lr, weight_decay=stage.weight_decay, fused=accelerator.device.type in ("cpu", "cuda"))
     if run.shard: optimizer = accelerator.prepare(optimizer)
     else: losses, optimizer = accelerator.prepare(losses, optimizer)
     ema = EMAModel([p for p in task.model.parameters() if p.requires_grad], decay=stage.ema) if stage.ema else None
-    state = load_checkpoint(folder, task.model, optimizer.optimizer, ema) if folder and resume else None
+    state = None
+    if folder and resume and accelerator.state.deepspeed_plugin: state = losses.load_checkpoint(str(folder))[1] if (folder / "latest").exists() else None
+    elif folder and resume: state = load_checkpoint(folder, task.model, optimizer.optimizer, ema)
     return losses, optimizer, ema, state or dict(step=0, running={}, watch=dict(mean=0.0, n=0, row=0))
 
 def _board(out, step): # A TensorBoard writer
@@ -390,15 +399,16 @@ def fit(
     "Train a task. The model ends with its averaged weights, if the stage asks for averaging."
     accelerator, out = make_accelerator(device, run.bf16), out and writable_folder(out)
     main, folder = accelerator.is_main_process, out and out / "checkpoints"
-    aside = copy.deepcopy(task.model) if main and accelerator.num_processes > 1 and (run.shard or accelerator.is_fsdp2) else None
+    aside = copy.deepcopy(task.model) if main and accelerator.num_processes > 1 and (run.shard or accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin) else None
     losses, optimizer, ema, state = _prepare(task, stage, accelerator, folder, resume, run)
-    sharded, peaks, ceiling = is_sharded(task.model), [g["lr"] for g in task.groups(stage)], 0
+    sharded, zero, peaks, ceiling = is_sharded(task.model), accelerator.state.deepspeed_plugin is not None, [g["lr"] for g in task.groups(stage)], 0
     params, watch = [p for p in task.model.parameters() if p.requires_grad], state["watch"]
     log = Log(out / "log.jsonl" if out and main else None, state["step"], state["running"], _board(out, state["step"]) if run.tensorboard and out and main else None)
     flag, undo = _catch_signals()
     make = lambda s: micro_batches(accelerator, task, np.arange(s * stage.batch, (s + 1) * stage.batch), s, run.accumulate)
     def save(done):
-        if not (out and (main or sharded)): return
+        if not (out and (main or sharded or zero)): return
+        if zero: return losses.save_checkpoint(str(folder), f"step_{done:07d}", dict(step=done, running=log.running, watch=watch))  # in DeepSpeed's own form, a part from each process
         held = run_state(task.model, optimizer.optimizer, ema)
         if main: save_checkpoint(folder, done, held, ema, dict(running=log.running, watch=watch))
     batches = Batches(make, stage.steps, run.ahead)
@@ -415,19 +425,19 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             if ema and not bad: ema.step(params)
             stop, last = _all_agree(accelerator, flag["stop"]), done == stage.steps
-            if run.norms_every and not sharded and not bad and done % run.norms_every == 0: terms |= term_norms(accelerator, task, micro, step)
+            if run.norms_every and not (sharded or zero) and not bad and done % run.norms_every == 0: terms |= term_norms(accelerator, task, micro, step)
             spent = [task.work(b) for b, _ in micro]
             if not bad: log.add({**terms, "grad_norm": norm}, samples=stage.batch, waited=waited, **{k: accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
             if (done % log_every == 0 or last) and log.running:
                 if "flops" in spent[0]: ceiling = ceiling or matmul_ceiling(accelerator.device) * accelerator.num_processes
                 bar.set_postfix(loss=f"{log.write(done, optimizer.param_groups[0]['lr'], ceiling, _memory(accelerator.device))['loss']:.4f}")
             if done % run.save_every == 0 or stop or last: save(done)
-            if sample_every and main and not sharded and done % sample_every == 0: _look(task, log, done, out)
+            if sample_every and main and not (sharded or zero) and done % sample_every == 0: _look(task, log, done, out)
             if stop: raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
     finally: undo(); bar.close(); batches.close()
     if ema: ema.copy_to(params)
-    if sharded:
-        weights, _, _ = run_state(task.model, optimizer.optimizer, None)
+    if sharded or zero:
+        weights = {k.removeprefix("model."): v for k, v in accelerator.get_state_dict(losses).items()} if zero else run_state(task.model, optimizer.optimizer, None)[0]
         if aside: aside.load_state_dict(weights); task.model = aside
     task.model.eval()
     return log.rows
@@ -441,6 +451,13 @@ def _bad_step(name, seed, step, micro, terms, norm, out, run, watch, save):
     if watch["row"] > SKIPS: raise UserError(f"{what}; {SKIPS} steps in a row were bad: lower the learning rate, or resume from an earlier checkpoint")
     watch["row"] = 0; save(step)
     raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
+
+# %% ../nbs/00c_training.ipynb #3860824a
+def accelerate_config(name: str): # "ddp", "fsdp2" or "zero3"
+    "Path of a configuration that ships with the package, for `accelerate launch --config_file`."
+    path = package_dir("accelerate_configs") / f"{name}.yaml"
+    if not path.exists(): raise UserError(f"no configuration named {name!r}: choose one of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+    return path
 
 # %% ../nbs/00c_training.ipynb #aa97b741
 def matmul_ceiling(device="cpu", n: int = 1536, rounds: int = 7): # FLOP/s

@@ -66,7 +66,7 @@ def condition_sample(scene, rng): # With probability 0.5 the instruction goes be
 
 def read_sample(sign, rng): # Words to read: OCR-VQA, LLaVAR
     "`system [IMG] sign [/IMG] question answer`: as questions are, so that `ask` asks for both"
-    q = "what is written here?" if rng.random() < .3 else f"what {'number' if sign.words.isdigit() else 'word'} is written?"
+    q = "what is written here?" if rng.random() < .3 else f"what {'digit' if sign.words.isdigit() else 'word'} is written?"
     return _sample("understand", "read", [draw_scene(sign)], [text(SYSTEM, False), image(0, False), text(q, False), text(sign.words, True)], sign, sign.words)
 
 def passage_sample(scene, rng): # The Pile

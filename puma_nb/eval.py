@@ -103,7 +103,7 @@ def table_world(puma: Puma, n: int = 200, seed: int = 0, scales=(4, 3, 2)): # di
     for i, s in t2i_score(puma, held, scales[-1:], seed).items(): add("t2i_heldout", s, f"f{i}", round(base["chance"]["attributes"], 4))
     add("caption", caption_score(puma, images, scenes), chance=round(base["chance"]["attributes"], 4))
     for k in ("yesno", "what"): s = question_score(puma, k, n=n); add(f"vqa_{k}", s, chance=round(s["chance"], 4))
-    for k in ("number", "word"): s = read_score(puma, k, n); add(f"read_{k}", s, chance=round(s["chance"], 4))
+    for k in ("digit", "word"): s = read_score(puma, k, n); add(f"read_{k}", s, chance=round(s["chance"], 4))
     for k in EDITS: s = edit_score(puma, k, n=min(n, 100)); add(f"edit_{k}", s, "f2", round(s["copy"], 4))
     s = edit_score(puma, "colorize", n=min(n, 100)); add("colorize", s, "f2", round(s["copy"], 4))
     protocol = dict(prompts="world, validation split", judge="read_scene", chance="random scenes; for edits the untouched source; for questions the most frequent answer", guidance=puma.preset.decoder.guidance)

@@ -37,7 +37,7 @@ def deeper(preset: Preset): # The preset with tuning's depth of pyramids
 def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Samples of the four families; captions are rehearsed."
     w = preset.world
-    sizes = dict(t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions, question=w.pairs, read=w.conditions)
+    sizes = dict(t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions, question=w.pairs, read=w.pairs)
     extra = dict(question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS))
     return {b: world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {})) for b, n in sizes.items()}
 
@@ -72,7 +72,7 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
     if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=task.report(), speed=speed)
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
-    answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")} | {f"read_{k}": read_score(puma, k, n) for k in ("number", "word")}
+    answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")} | {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
     finish_stage(out, "instruct", stage, dict(yesno=(answers["yesno"]["accuracy"], 0.92)), seconds=round(time.time() - begun), answers=answers,
                  captions=caption_score(puma, images, scenes), t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
                  edits={k: edit_score(puma, k, n=min(50, n)) for k in (*EDITS, "colorize")}, speed=speed)

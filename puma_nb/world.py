@@ -117,7 +117,7 @@ def shape_map(
 # %% ../nbs/00a_world.ipynb #4b03eaca
 def content(scene: Scene): # A hashable description without jitter
     "What a full caption tells about a scene."
-    return scene.words if scene.words.isdigit() else (scene.ground, tuple(sorted((t.place, t.shape, t.color) for t in scene.things)), *filter(None, (scene.words, scene.ink)))
+    return scene.ground, tuple(sorted((t.place, t.shape, t.color) for t in scene.things)), *filter(None, (scene.words, scene.ink))
 
 def split_of(scene: Scene): # "train", "val", "test" or "heldout"
     "The one split that a scene belongs to."
@@ -170,9 +170,9 @@ def sample_sign(
     split: str = "train",
     max_objects: int = 0   # Signs have none
 ): # A scene with words
-    "The sign with this number: half of them say a number from 0 to 99, half a word."
+    "The sign with this number: a third of them say a digit, the others a word."
     rng = np_rng("sign", seed, index, split)
-    while split_of(sign := Scene(str(rng.choice(list(GROUNDS))), (), int(rng.integers(1, 2**31)), str(rng.integers(100)) if rng.random() < .5 else str(rng.choice(WORDS)), str(rng.choice(list(COLORS))))) != split: pass
+    while split_of(sign := Scene(str(rng.choice(list(GROUNDS))), (), int(rng.integers(1, 2**31)), str(rng.integers(10)) if rng.random() < 1 / 3 else str(rng.choice(WORDS)), str(rng.choice(list(COLORS))))) != split: pass
     return sign
 
 def passage(scene: Scene, rng): # Sentences without a picture

@@ -1,0 +1,150 @@
+"""The loop over processes: DDP and fully_shard give one process's losses, runs move between them, configurations are valid."""
+import json, os, resource, subprocess, sys
+from pathlib import Path
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from puma_nb.core import get_preset, package_dir
+from puma_nb.training import accelerate_config, read_log
+
+WORKER = """
+import json, sys, torch
+from dataclasses import replace
+from puma_nb.core import *; from puma_nb.data import *; from puma_nb.training import *; from puma_nb.pyramid import *; from puma_nb.mllm import *
+from transformers import PreTrainedTokenizerFast
+torch.set_num_threads(1)
+root, out, how, steps = *sys.argv[1:4], int(sys.argv[4])
+preset = get_preset("pico"); encoder, stats = load_encoder(root, "cpu"), load_stats(root)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
+sets, store = prepare_samples(dict(t2i=world_samples("t2i", 32), caption=world_samples("caption", 32)), tokenizer, encoder, stats)
+torch.manual_seed(0); task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store)
+stage = replace(preset.stages["pretrain"], steps=20, batch=12, ema=0.9, checkpointing=how.endswith("recompute"))
+class Halfway(Exception): pass
+batch = task.batch
+def until(positions, step):
+    if step == steps: raise Halfway
+    return batch(positions, step)
+task.batch = until
+try: fit(task, stage, out, resume=True, device="cpu", log_every=1, progress=False, run=Run(bf16=False, save_every=5, shard=how.startswith("shard"), accumulate=2 if how == "accumulate" else 1))
+except Halfway: pass
+else:
+    if is_main(): save_tensors(task.model.state_dict(), out + "/end.safetensors")
+kind = make_accelerator("cpu", bf16=False)
+print(json.dumps(dict(processes=kind.num_processes, kind=str(kind.distributed_type), sharded=is_sharded(Losses(task)) if not is_main() else None)))
+end_processes()
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    "A pico encoder and tokenizer."
+    from puma_nb.cli import main
+    out = tmp_path_factory.mktemp("engine") / "system"
+    assert main(["train", "--preset", "pico", "--stage", "encoder", "--out", str(out), "--quiet", "--device", "cpu"]) == 0
+    return out
+
+
+def run(root, out, how, processes, steps=99):
+    "Train 20 steps (or until `steps`) in so many real processes; asserts that there were as many."
+    script = root.parent / "worker.py"; script.write_text(WORKER)
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run([*launch, str(script), str(root), str(out), how, str(steps)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [json.loads(l) for l in done.stdout.splitlines() if l.startswith("{")]
+    assert len(said) == processes and all(s["processes"] == processes and ("MULTI_CPU" in s["kind"]) == (processes > 1) for s in said)
+    assert any(s["sharded"] for s in said) == (how.startswith("shard") and processes > 1)
+    return read_log(out / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def alone(root): return run(root, root.parent / "alone", "plain", 1)
+
+
+@pytest.mark.parametrize("how,processes", [("plain", 2), ("shard", 2), ("shard recompute", 2), ("accumulate", 1), ("accumulate", 2)])
+def test_first_twenty_losses_are_those_of_one_process(how, processes, root, alone, tmp_path):
+    "Losses, each of their terms, the gradient's norm and the averaged weights at the end."
+    rows = run(root, tmp_path / "run", how, processes)
+    assert len(rows) == len(alone) == 20
+    for a, b in zip(alone, rows):
+        assert a.keys() == b.keys()
+        for k in {"loss", "text", "f4", "f3", "f2", "f1", "f0", "grad_norm"} & a.keys(): assert a[k] == pytest.approx(b[k], rel=1e-5), (a["step"], k)
+    from safetensors.torch import load_file
+    one, other = (load_file(f / "end.safetensors") for f in (root.parent / "alone", tmp_path / "run"))
+    assert one.keys() == other.keys()
+    for k in one: torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("first,then", [(("shard", 2), ("plain", 1)), (("plain", 1), ("shard", 2)), (("plain", 2), ("plain", 1))])
+def test_a_run_goes_on_with_another_number_of_processes(first, then, root, alone, tmp_path):
+    "Ten steps one way, ten another, from the checkpoint in between."
+    out = tmp_path / "run"
+    run(root, out, *first, steps=10)
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000005", "step_0000010"]
+    rows = run(root, out, *then)
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    for a, b in zip(alone, rows): assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+
+
+def test_configurations_are_what_accelerate_reads():
+    "Each file through accelerate's own reader, which refuses unknown keys, and into its plugins."
+    found = {n: load_config_from_file(str(accelerate_config(n))) for n in ("ddp", "fsdp2", "zero3")}
+    assert {n: c.distributed_type for n, c in found.items()} == dict(ddp=DistributedType.MULTI_GPU, fsdp2=DistributedType.FSDP, zero3=DistributedType.DEEPSPEED)
+    assert all(c.mixed_precision == "bf16" and c.num_processes == 8 and not c.use_cpu for c in found.values())
+    f = found["fsdp2"].fsdp_config
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=f["fsdp_version"], reshard_after_forward=f["fsdp_reshard_after_forward"], auto_wrap_policy=f["fsdp_auto_wrap_policy"], state_dict_type=f["fsdp_state_dict_type"],
+                                            transformer_cls_names_to_wrap=f["fsdp_transformer_layer_cls_to_wrap"].split(","), cpu_ram_efficient_loading=f["fsdp_cpu_ram_efficient_loading"])
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert len(f) == 8 and found["zero3"].deepspeed_config["zero_stage"] == 3
+
+
+def test_the_layers_that_fsdp_gathers_exist():
+    "The class names in fsdp2.yaml are those of a language model's and a decoder's blocks."
+    from puma_nb.decoders import build_decoder
+    from puma_nb.mllm import build_mllm
+    names = load_config_from_file(str(accelerate_config("fsdp2"))).fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    for name in ("base", "paper"):
+        with torch.device("meta"): models = build_mllm(get_preset(name)), build_decoder(get_preset(name), 0)
+        for wanted, model in zip(names, models): assert sum(type(m).__name__ == wanted for m in model.modules()) > 10, wanted
+
+
+def test_one_process_cannot_shard(tmp_path, capsys):
+    from puma_nb.cli import main
+    assert main(["train", "--preset", "pico", "--stage", "encoder", "--out", str(tmp_path / "x"), "--quiet", "--shard"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+def test_tensorboard_holds_the_log(tmp_path):
+    "Every number of every row is in the event file."
+    from puma_nb.cli import main
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert main(["train", "--preset", "pico", "--stage", "encoder", "--out", str(tmp_path / "x"), "--stretch", "10", "--quiet", "--tensorboard", "--norms", "20"]) == 0
+    events = EventAccumulator(str(tmp_path / "x" / "encoder" / "tensorboard")).Reload()
+    rows = read_log(tmp_path / "x" / "encoder" / "log.jsonl")
+    assert len(rows) == 2 and any(k.startswith("norm_") for k in rows[0])
+    for k in rows[0]:
+        if k != "step": assert [e.value for e in events.Scalars(k)] == pytest.approx([r[k] for r in rows], rel=1e-5)
+
+
+FULL = """
+import resource, signal, sys
+from puma_nb.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.exit(main(["train", "--preset", "pico", "--stage", "pretrain", "--stretch", "10", "--save-every", "5", "--quiet", "--device", "cpu", "--resume", "--out", sys.argv[1]]))
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(root, tmp_path):
+    "No file may grow beyond a limit, as on a disk that fills up: one line, and the checkpoint from before is whole."
+    import shutil
+    out = tmp_path / "system"; shutil.copytree(root, out)
+    script = tmp_path / "full.py"; script.write_text(FULL)
+    start = lambda limit: subprocess.run([sys.executable, str(script), str(out), str(limit)], capture_output=True, text=True, timeout=300)
+    good = subprocess.run([sys.executable, "-c", f"import sys; sys.argv = ['x', {str(out)!r}, '-1']\n" + FULL.replace('"--stretch", "10"', '"--stretch", "1.25"')], capture_output=True, text=True, timeout=300)
+    assert good.returncode == 0, good.stderr[-2000:]
+    shutil.rmtree(out / "pretrain")
+    full = start(60_000)  # a checkpoint is larger
+    assert full.returncode == 2 and "the last good one is untouched" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.strip().splitlines()) == 1
+    assert not list((out / "pretrain" / "checkpoints").glob("step_*"))
+    assert start(-1).returncode == 0 and (out / "pretrain" / "stage.json").exists()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'PICTURES', 'FAMILIES', 'layout', 'rows_of', 'tar_row', 'tar_rows', 'fields_of', 'Skip', 'open_picture',
-           'window', 'move_box', 'grounded', 'arrange', 'Loader', 'TarTable', 'CardSet']
+           'window', 'move_box', 'grounded', 'arrange', 'Loader', 'mark_of', 'TarTable', 'CardSet',
+           'leave_out_duplicates']
 
 # %% ../nbs/00f_loaders.ipynb #36c6009d
-import fnmatch, hashlib, io, itertools, json, tarfile
+import fnmatch, hashlib, io, itertools, json, tarfile, threading
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets import Image as ImageFeature
 from datasets import load_dataset
 from fastcore.basics import patch
 from PIL import Image
+from tqdm.auto import tqdm
 from .core import *
 from .world import *
 from .data import *
@@ -205,14 +207,18 @@ def sample(self: Loader, row, rng):
     pictures = {f: open_picture(v, self.folder) for f, (_, v) in chosen.items()}
     if any(min(p.size) < self.least for p in pictures.values()): raise Skip("too small")
     images = self.crop(pictures, fields, rng)
-    if self.seen is not None:
-        mark = hashlib.sha256(repr((fields.get("question"), fields.get("caption"))).encode() + b"".join(t.numpy().tobytes() for t in images)).hexdigest()
-        if mark in self.seen: raise Skip("in another set")
-        self.seen.add(mark)
     segments = arrange(fields, self.stage, rng)
     if any(g["kind"] == "text" and not g["text"].strip() for g in segments): raise Skip("empty text")
-    return dict(family=FAMILIES.get(self.stage, "t2i" if segments[-1]["kind"] == "image" else "understand"), skill=self.card.name, images=images, segments=segments, scene="",
-                answer=segments[-1]["text"])
+    out = dict(family=FAMILIES.get(self.stage, "t2i" if segments[-1]["kind"] == "image" else "understand"), skill=self.card.name, images=images, segments=segments, scene="",
+               answer=segments[-1]["text"])
+    if self.seen is not None:
+        if (mark := mark_of(out)) in self.seen: raise Skip("in another set")
+        self.seen.add(mark)
+    return out
+
+def mark_of(sample): # A fingerprint
+    "What makes two samples the same: their words and their pixels."
+    return hashlib.sha256(repr(sorted(g["text"] for g in sample["segments"])).encode() + b"".join(t.numpy().tobytes() for t in sample["images"])).hexdigest()
 
 @patch
 def crop(self: Loader, pictures, fields, rng):
@@ -252,8 +258,8 @@ class TarTable:
 class CardSet:
     "Samples of a set by their position in the run; see `Loader` for what a row becomes."
     def __init__(self, card: Card, source, stage: str, side: int, seed: int = 0, group: int = 4, **kwargs): # group: shards that are mixed with each other
-        if kwargs.get("seen") is not None: raise UserError("duplicates are found in one pass, with Loader: in a second epoch every row would count as one")
-        self.loader, self.seed, self.group = Loader(card, source, stage, side, seed, **kwargs), seed, group
+        if kwargs.get("seen") is not None: raise UserError("with a set read by position every row would be its own duplicate in the second epoch: see leave_out_duplicates")
+        self.loader, self.seed, self.group, self.left_out, self.lock = Loader(card, source, stage, side, seed, **kwargs), seed, group, set(), threading.Lock()
         name, files = layout(source)
         if name == "webdataset": self.tables = [TarTable(f) for f in files]
         elif name == "imagefolder": self.tables = [[dict(image=str(f)) for f in files]]
@@ -283,10 +289,33 @@ class CardSet:
         "The sample at a position; if its row cannot be used, the next one of its shard that can."
         shard, row = self.locate(position)
         for k in range(self.counts[shard]):
-            try: sample = self.loader.sample(self.tables[shard][(row + k) % self.counts[shard]], np_rng(self.seed, self.loader.card.name, int(position)))
-            except Skip as e: self.loader.skipped[str(e)] += 1; self.loader._check(); continue
-            self.loader.kept += 1; return sample
+            try: sample = self.read(shard, (row + k) % self.counts[shard], int(position))
+            except Skip as e:
+                with self.lock: self.loader.skipped[str(e)] += 1; self.loader._check()
+                continue
+            with self.lock: self.loader.kept += 1
+            return sample
         raise UserError(f"{self.loader.source}: no usable rows in shard {shard} ({dict(self.loader.skipped)})")
+
+    def read(self, shard, row, key): # A sample; `key` chooses crops and directions
+        if (shard, row) in self.left_out: raise Skip("in another set")
+        return self.loader.sample(self.tables[shard][row], np_rng(self.seed, self.loader.card.name, key))
 
 @lru_cache(maxsize=8)
 def _order(n, seed, epoch, group): return np_rng("rows", seed, epoch, group).permutation(n)
+
+# %% ../nbs/00f_loaders.ipynb #a609a00c
+def leave_out_duplicates(
+    sets: dict,             # name -> CardSet
+    progress: bool = False
+): # {name: rows left out because an earlier set has them}
+    "Compare sets whose cards ask for it, and leave out what an earlier one brings already."
+    asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
+    todo, seen, found = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())], {}, {}
+    for n in todo:
+        s, found[n] = sets[n], 0
+        for shard, row in tqdm([(a, b) for a, c in enumerate(s.counts) for b in range(c)], desc=f"duplicates in {n}", disable=not progress):
+            try: mark = mark_of(s.read(shard, row, 0))
+            except Skip: continue
+            if seen.setdefault(mark, n) != n: s.left_out.add((shard, row)); found[n] += 1
+    return found

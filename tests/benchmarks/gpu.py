@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import get_preset, pick_device
 from puma_nb.decoders import build_decoder, noise_schedule
 from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
-from puma_nb.plan import get_device, mllm_flops, mllm_memory
+from puma_nb.plan import get_device, mllm_flops, mllm_memory, peak_memory
 from puma_nb.training import recompute_activations, stretched
 
 
@@ -79,7 +79,7 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
     for _ in range(rounds): sync(); t = time.perf_counter(); step(); sync(); times.append(time.perf_counter() - t)
     seconds, tokens = sorted(times)[len(times) // 2], b["ids"].numel()
     out = dict(rows=rows, masters=masters, tokens_per_second=round(tokens / seconds), mfu=round(mllm_flops(preset) * rows / seconds / peak, 4),
-               peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(sum(mllm_memory(preset, 1, False, tokens=tokens).values()) / 2**30, 1))
+               peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(peak_memory(mllm_memory(preset, 1, False, tokens=tokens), accumulate=False) / 2**30, 1))
     del optimizer; model.eval().to(torch.bfloat16)
     prompt = {k: v[:1, :21] for k, v in b.items()}; prompt["slot"] = torch.full_like(prompt["slot"], -1); prompt["ids"][:, -1] = model.config.image_ids[0]
     for cache, compiled in (("dynamic", False), ("static", False), ("static", device.type == "cuda")):

@@ -159,6 +159,8 @@ def train(
     stretch: float = 1.0,   # Multiplies the steps of every stage
     parts: str = "all",     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
     images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
+    encoder: str = None,    # Presets base and paper: a released CLIP, as a folder or hf:NAME
+    llama: str = None,      # Presets base and paper: a released LLaMA, as a folder or hf:NAME
     data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,grit=DIR
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
@@ -183,12 +185,15 @@ def train(
     folder = writable_folder(out)
     names = tuple(STAGES) if stage == "all" else (stage,)
     if parts != "all" and stage != "decoders": raise UserError("--parts is for --stage decoders")
-    if images and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders; the others need captions")
+    if bool(encoder) != bool(encoder and llama and images and stage == "encoder"): raise UserError("--encoder takes a released encoder: say --stage encoder, --llama and --images, too")
+    if llama and stage not in ("encoder", "pretrain"): raise UserError("--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)")
+    if images and not encoder and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions")
     if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
     how = Run(accumulate, (2 if data else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
-    train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), decoders=dict(parts=_parts(parts), images=images, cache=cache), **{s: dict(data=_sets(data)) for s in ("pretrain", "instruct")})
+    train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), encoder=dict(encoder=encoder, llama=llama, images=images) if encoder else {},
+                 decoders=dict(parts=_parts(parts), images=images, cache=cache), pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
     end_processes()
     if not is_main(): return
     for s in STAGES:

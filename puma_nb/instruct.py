@@ -92,10 +92,12 @@ def train_system(
 ):
     "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
     for name in stages:
-        if not preset.stages["base" if name == "decoders" else name].steps: raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release, which this version cannot load yet: choose another preset")
+        released = not preset.stages["base" if name == "decoders" else name].steps
+        if released and not (name == "encoder" and options.get(name)): raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release" + (": name it with --encoder, the language model with --llama, and pictures for the feature statistics with --images" if name == "encoder" else ", which this version cannot load yet: choose another stage or preset"))
         if resume and read_stage(out, name):
             print(f"{name}: finished before", flush=True)
             if is_main(): [shutil.rmtree(c, ignore_errors=True) for c in list((Path(out) / name).rglob("checkpoints"))]  # a run killed at its very end leaves some
             continue
-        STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
+        if released: take_released(preset, out, device=device, progress=progress, **options[name])
+        else: STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
         if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves

@@ -8,7 +8,7 @@ __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_
            'micro_batches', 'train_step', 'Interrupted', 'processes', 'is_main', 'end_processes', 'make_accelerator',
            'Log', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay', 'term_norms', 'fit',
            'accelerate_config', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
-           'stretched', 'switched_on', 'plot_log']
+           'stretched', 'switched_on', 'plot_log', 'windowed', 'loss_bands', 'is_normal', 'plot_bands']
 
 # %% ../nbs/00c_training.ipynb #6444d598
 import copy, hashlib, json, math, os, shutil, signal, time, uuid
@@ -528,3 +528,40 @@ def plot_log(
     if logy: ax.set_yscale("log")
     ax.legend(fontsize=8)
     return ax
+
+# %% ../nbs/00c_training.ipynb #75edb1c3
+def windowed(log, term: str, steps: int = 300): # {last step of a window: mean}
+    "A term's mean over windows of steps."
+    found = {}
+    for r in log:
+        if term in r: found.setdefault(-(-r["step"] // steps) * steps, []).append(r[term])
+    return {k: float(np.mean(v)) for k, v in found.items()}
+
+def loss_bands(logs, terms, steps: int = 300, margin: float = 0.2): # {term: [[step, low, high], ...]}
+    "Where the terms of several runs' losses lie."
+    out = {}
+    for t in terms:
+        runs = [windowed(log, t, steps) for log in logs]; shared = sorted(set.intersection(*map(set, runs)))
+        out[t] = [[s, min(r[s] for r in runs) / (1 + margin), max(r[s] for r in runs) * (1 + margin)] for s in shared]
+    return out
+
+def is_normal(log, bands, steps: int = 300): # {term: {"inside", "above", "below": windows, "end": one of these}}
+    "Compare a run with bands, window by window."
+    out = {}
+    for t, band in bands.items():
+        mine = windowed(log, t, steps)
+        where = ["above" if mine[s] > high else "below" if mine[s] < low else "inside" for s, low, high in band if s in mine]
+        if where: out[t] = {**{k: where.count(k) for k in ("inside", "above", "below")}, "end": where[-1]}
+    return out
+
+def plot_bands(bands, logs, terms=None, size=(2.6, 2.1), steps: int = 300): # logs: {label: log}
+    "A panel for each term: the band, and runs over it."
+    terms = terms or list(bands)
+    fig, axes = plt.subplots(1, len(terms), figsize=(size[0] * len(terms), size[1]), squeeze=False)
+    for ax, t in zip(axes[0], terms):
+        s, low, high = zip(*bands[t]); ax.fill_between(s, low, high, alpha=.3, color="gray", lw=0)
+        for label, log in logs.items():
+            if w := windowed(log, t, steps): ax.plot(list(w), list(w.values()), "o-" if len(w) < 4 else "-", ms=3, label=label)
+        ax.set(title=t, yscale="log", xlabel="step"); ax.title.set_fontsize(9)
+    axes[0][0].legend(fontsize=7); fig.tight_layout()
+    return fig

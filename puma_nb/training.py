@@ -6,7 +6,7 @@
 __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_tensors', 'save_json', 'fingerprint', 'cached',
            'gathered', 'is_sharded', 'run_state', 'save_checkpoint', 'checkpoints', 'load_checkpoint', 'Losses',
            'micro_batches', 'train_step', 'Interrupted', 'processes', 'is_main', 'end_processes', 'make_accelerator',
-           'Log', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay', 'term_norms', 'fit',
+           'Log', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay', 'term_norms', 'Session', 'fit',
            'accelerate_config', 'matmul_ceiling', 'step_flops', 'speed_report', 'read_stage', 'finish_stage',
            'stretched', 'switched_on', 'plot_log', 'windowed', 'loss_bands', 'is_normal', 'plot_bands']
 
@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -372,17 +373,86 @@ def _all_agree(accelerator, flag: bool): # whether any process says so
     if accelerator.num_processes == 1: return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
-def _look(task, log, step, out): # samples and validation, by the first process
-    "Draw samples and measure on validation data while training goes on."
-    task.sample(task.model, step, out and out / "samples")
-    if numbers := task.validate(task.model.eval(), step):
-        log.show(dict(step=step, **numbers))
-        if out:
-            kept = [r for r in read_log(out / "validation.jsonl") if r["step"] < step] if (out / "validation.jsonl").exists() else []
-            (out / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*kept, dict(step=step, **numbers)]))
-    task.model.train()
+# %% ../nbs/00c_training.ipynb #e08396c3
+class Session:
+    "What one call of `fit` carries from step to step."
+    def __init__(self, task, stage, out, seed, resume, device, name, run):
+        self.task, self.stage, self.seed, self.name, self.run = task, stage, seed, name, run
+        self.accelerator, self.out, self.ceiling = make_accelerator(device, run.bf16), out and writable_folder(out), 0
+        a = self.accelerator; self.main, self.zero = a.is_main_process, a.state.deepspeed_plugin is not None
+        self.aside = copy.deepcopy(task.model) if self.main and a.num_processes > 1 and (run.shard or a.is_fsdp2 or self.zero) else None
+        self.folder = self.out and self.out / "checkpoints"
+        self.losses, self.optimizer, self.ema, state = _prepare(task, stage, a, self.folder, resume, run)
+        self.begun, self.watch, self.sharded = state["step"], state["watch"], is_sharded(task.model)
+        self.params, self.peaks = [p for p in task.model.parameters() if p.requires_grad], [g["lr"] for g in task.groups(stage)]
+        board = _board(self.out, self.begun) if run.tensorboard and self.out and self.main else None
+        self.log = Log(self.out / "log.jsonl" if self.out and self.main else None, self.begun, state["running"], board)
+        positions = lambda s: np.arange(s * stage.batch, (s + 1) * stage.batch)
+        self.batches = Batches(lambda s: micro_batches(a, task, positions(s), s, run.accumulate), stage.steps, run.ahead)
 
-# %% ../nbs/00c_training.ipynb #8adb51f2
+    def step(self, step):
+        "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
+        for g, peak in zip(self.optimizer.param_groups, self.peaks): g["lr"] = peak * lr_factor(step, self.stage.steps, self.stage.warmup, self.stage.schedule)
+        torch.manual_seed(seed_of(self.seed, self.name, step))
+        micro, waited = self.batches(step)
+        terms = train_step(self.accelerator, self.task, self.losses, None, step, micro=micro)
+        norm = float(gathered(self.accelerator.clip_grad_norm_(self.params, self.stage.clip)))
+        if bad := is_bad(norm, self.watch, self.run.spike): self.refuse(step, micro, terms, norm)
+        else: self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if bad: return
+        if self.ema: self.ema.step(self.params)
+        if self.run.norms_every and not (self.sharded or self.zero) and (step + 1) % self.run.norms_every == 0: terms |= term_norms(self.accelerator, self.task, micro, step)
+        spent = [self.task.work(b) for b, _ in micro]
+        self.log.add({**terms, "grad_norm": norm}, samples=self.stage.batch, waited=waited, **{k: self.accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
+
+    def row(self, done): # The loss, for the progress bar
+        "Close a row of the log."
+        if "flops" in self.log.spent: self.ceiling = self.ceiling or matmul_ceiling(self.accelerator.device) * self.accelerator.num_processes
+        return self.log.write(done, self.optimizer.param_groups[0]["lr"], self.ceiling, _memory(self.accelerator.device))["loss"]
+
+# %% ../nbs/00c_training.ipynb #edb51bd5
+@patch
+def refuse(self: Session, step, micro, terms, norm):
+    "Dump a bad step; stop unless the run skips such steps."
+    mean, what = self.watch["mean"], f"{self.name}: the gradient's norm is {norm:.4g} at step {step}"
+    if math.isfinite(norm) and mean: what += f", {norm / mean:.0f} times its running mean"
+    if self.out: what += f"; its batch is in {dump_step(self.out, self.name, self.seed, step, micro, terms, norm)}"
+    if self.watch["row"] > SKIPS: raise UserError(f"{what}; {SKIPS} steps in a row were bad: lower the learning rate, or resume from an earlier checkpoint")
+    if self.run.bad_step == "skip": return print(what + ": skipped", flush=True)
+    self.watch["row"] = 0; self.save(step)
+    raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
+
+@patch
+def save(self: Session, done):
+    "Write a checkpoint."
+    state = dict(running=self.log.running, watch=self.watch)
+    if not self.out or not (self.main or self.sharded or self.zero): return
+    if self.zero: return self.losses.save_checkpoint(str(self.folder), f"step_{done:07d}", dict(step=done, **state))
+    held = run_state(self.task.model, self.optimizer.optimizer, self.ema)
+    if self.main: save_checkpoint(self.folder, done, held, self.ema, state)
+
+@patch
+def look(self: Session, done):
+    "Draw samples and measure on validation data while training goes on: the first process, if it has the whole model."
+    if not self.main or self.sharded or self.zero: return
+    self.task.sample(self.task.model, done, self.out and self.out / "samples")
+    if numbers := self.task.validate(self.task.model.eval(), done):
+        row, path = dict(step=done, **numbers), self.out and self.out / "validation.jsonl"; self.log.show(row)
+        if path: path.write_text("".join(json.dumps(r) + "\n" for r in [*(r for r in (read_log(path) if path.exists() else []) if r["step"] < done), row]))
+    self.task.model.train()
+
+@patch
+def finish(self: Session): # The log
+    "Leave the averaged weights in the model, and the model whole."
+    if self.ema: self.ema.copy_to(self.params)
+    if self.sharded or self.zero:
+        weights = {k.removeprefix("model."): v for k, v in self.accelerator.get_state_dict(self.losses).items()} if self.zero else run_state(self.task.model, self.optimizer.optimizer, None)[0]
+        if self.aside: self.aside.load_state_dict(weights); self.task.model = self.aside
+    self.task.model.eval()
+    return self.log.rows
+
+# %% ../nbs/00c_training.ipynb #7aadf43e
 def fit(
     task: Task,
     stage: StagePreset,
@@ -397,60 +467,19 @@ def fit(
     run: Run = Run()        # How it is run
 ): # The log: a list of dicts
     "Train a task. The model ends with its averaged weights, if the stage asks for averaging."
-    accelerator, out = make_accelerator(device, run.bf16), out and writable_folder(out)
-    main, folder = accelerator.is_main_process, out and out / "checkpoints"
-    aside = copy.deepcopy(task.model) if main and accelerator.num_processes > 1 and (run.shard or accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin) else None
-    losses, optimizer, ema, state = _prepare(task, stage, accelerator, folder, resume, run)
-    sharded, zero, peaks, ceiling = is_sharded(task.model), accelerator.state.deepspeed_plugin is not None, [g["lr"] for g in task.groups(stage)], 0
-    params, watch = [p for p in task.model.parameters() if p.requires_grad], state["watch"]
-    log = Log(out / "log.jsonl" if out and main else None, state["step"], state["running"], _board(out, state["step"]) if run.tensorboard and out and main else None)
+    s = Session(task, stage, out, seed, resume, device, name, run)
     flag, undo = _catch_signals()
-    make = lambda s: micro_batches(accelerator, task, np.arange(s * stage.batch, (s + 1) * stage.batch), s, run.accumulate)
-    def save(done):
-        if not (out and (main or sharded or zero)): return
-        if zero: return losses.save_checkpoint(str(folder), f"step_{done:07d}", dict(step=done, running=log.running, watch=watch))  # in DeepSpeed's own form, a part from each process
-        held = run_state(task.model, optimizer.optimizer, ema)
-        if main: save_checkpoint(folder, done, held, ema, dict(running=log.running, watch=watch))
-    batches = Batches(make, stage.steps, run.ahead)
-    bar = tqdm(range(state["step"], stage.steps), initial=state["step"], total=stage.steps, desc=name, disable=not (progress and main), mininterval=1.0)
+    bar = tqdm(range(s.begun, stage.steps), initial=s.begun, total=stage.steps, desc=name, disable=not (progress and s.main), mininterval=1.0)
     try:
         for step in bar:
-            for g, peak in zip(optimizer.param_groups, peaks): g["lr"] = peak * lr_factor(step, stage.steps, stage.warmup, stage.schedule)
-            torch.manual_seed(seed_of(seed, name, step))
-            (micro, waited), done = batches(step), step + 1
-            terms = train_step(accelerator, task, losses, None, step, micro=micro)
-            norm = float(gathered(accelerator.clip_grad_norm_(params, stage.clip)))
-            if bad := is_bad(norm, watch, run.spike): _bad_step(name, seed, step, micro, terms, norm, out, run, watch, save)
-            else: optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema and not bad: ema.step(params)
-            stop, last = _all_agree(accelerator, flag["stop"]), done == stage.steps
-            if run.norms_every and not (sharded or zero) and not bad and done % run.norms_every == 0: terms |= term_norms(accelerator, task, micro, step)
-            spent = [task.work(b) for b, _ in micro]
-            if not bad: log.add({**terms, "grad_norm": norm}, samples=stage.batch, waited=waited, **{k: accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
-            if (done % log_every == 0 or last) and log.running:
-                if "flops" in spent[0]: ceiling = ceiling or matmul_ceiling(accelerator.device) * accelerator.num_processes
-                bar.set_postfix(loss=f"{log.write(done, optimizer.param_groups[0]['lr'], ceiling, _memory(accelerator.device))['loss']:.4f}")
-            if done % run.save_every == 0 or stop or last: save(done)
-            if sample_every and main and not (sharded or zero) and done % sample_every == 0: _look(task, log, done, out)
+            s.step(step); done, last = step + 1, step + 1 == stage.steps
+            stop = _all_agree(s.accelerator, flag["stop"])
+            if (done % log_every == 0 or last) and s.log.running: bar.set_postfix(loss=f"{s.row(done):.4f}")
+            if done % run.save_every == 0 or stop or last: s.save(done)
+            if sample_every and done % sample_every == 0: s.look(done)
             if stop: raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
-    finally: undo(); bar.close(); batches.close()
-    if ema: ema.copy_to(params)
-    if sharded or zero:
-        weights = {k.removeprefix("model."): v for k, v in accelerator.get_state_dict(losses).items()} if zero else run_state(task.model, optimizer.optimizer, None)[0]
-        if aside: aside.load_state_dict(weights); task.model = aside
-    task.model.eval()
-    return log.rows
-
-# %% ../nbs/00c_training.ipynb #ff97db2a
-def _bad_step(name, seed, step, micro, terms, norm, out, run, watch, save):
-    "Dump a bad step; stop unless the run skips such steps."
-    what = f"{name}: the gradient's norm is {norm:.4g} at step {step}" + (f", {norm / watch['mean']:.0f} times its running mean" if math.isfinite(norm) and watch["mean"] else "")
-    if out: what += f"; its batch is in {dump_step(out, name, seed, step, micro, terms, norm)}"
-    if run.bad_step == "skip" and watch["row"] <= SKIPS: return print(what + ": skipped", flush=True)
-    if watch["row"] > SKIPS: raise UserError(f"{what}; {SKIPS} steps in a row were bad: lower the learning rate, or resume from an earlier checkpoint")
-    watch["row"] = 0; save(step)
-    raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
+    finally: undo(); bar.close(); s.batches.close()
+    return s.finish()
 
 # %% ../nbs/00c_training.ipynb #3860824a
 def accelerate_config(name: str): # "ddp", "fsdp2" or "zero3"

@@ -1,11 +1,10 @@
 """The loop over processes: DDP and fully_shard give one process's losses, runs move between them, configurations are valid."""
-import json, os, resource, subprocess, sys
-from pathlib import Path
+import json, os, subprocess, sys
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from puma_nb.core import get_preset, package_dir
+from puma_nb.core import get_preset
 from puma_nb.training import accelerate_config, read_log
 
 WORKER = """
@@ -127,24 +126,25 @@ def test_tensorboard_holds_the_log(tmp_path):
 
 
 FULL = """
-import resource, signal, sys
+import resource, signal, sys, threading, time
+from pathlib import Path
 from puma_nb.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-sys.exit(main(["train", "--preset", "pico", "--stage", "pretrain", "--stretch", "10", "--save-every", "5", "--quiet", "--device", "cpu", "--resume", "--out", sys.argv[1]]))
+out, limit = Path(sys.argv[1]), int(sys.argv[2])
+def fill():  # once there is a checkpoint, no file may grow beyond the limit
+    while not list((out / "encoder" / "checkpoints").glob("step_*5")): time.sleep(.001)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+if limit: threading.Thread(target=fill, daemon=True).start()
+sys.exit(main(["train", "--preset", "pico", "--stage", "encoder", "--stretch", "50", "--save-every", "5", "--quiet", "--device", "cpu", "--resume", "--out", str(out)]))
 """
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(root, tmp_path):
-    "No file may grow beyond a limit, as on a disk that fills up: one line, and the checkpoint from before is whole."
-    import shutil
-    out = tmp_path / "system"; shutil.copytree(root, out)
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    "No file may grow any more, as on a disk that is full: one line, the last checkpoint is whole, and the run goes on from it."
     script = tmp_path / "full.py"; script.write_text(FULL)
-    start = lambda limit: subprocess.run([sys.executable, str(script), str(out), str(limit)], capture_output=True, text=True, timeout=300)
-    good = subprocess.run([sys.executable, "-c", f"import sys; sys.argv = ['x', {str(out)!r}, '-1']\n" + FULL.replace('"--stretch", "10"', '"--stretch", "1.25"')], capture_output=True, text=True, timeout=300)
-    assert good.returncode == 0, good.stderr[-2000:]
-    shutil.rmtree(out / "pretrain")
-    full = start(60_000)  # a checkpoint is larger
-    assert full.returncode == 2 and "the last good one is untouched" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.strip().splitlines()) == 1
-    assert not list((out / "pretrain" / "checkpoints").glob("step_*"))
-    assert start(-1).returncode == 0 and (out / "pretrain" / "stage.json").exists()
+    start = lambda limit: subprocess.run([sys.executable, str(script), str(tmp_path / "system"), str(limit)], capture_output=True, text=True, timeout=300)
+    full = start(20_000)  # less than a checkpoint
+    assert full.returncode == 2 and "the last good one is untouched" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.strip().splitlines()) == 1, full.stderr
+    kept = sorted((tmp_path / "system" / "encoder" / "checkpoints").iterdir())
+    assert kept and not any(p.name.endswith(".tmp") for p in kept) and (kept[-1] / "state.json").exists()
+    assert start(0).returncode == 0 and [r["step"] for r in read_log(tmp_path / "system" / "encoder" / "log.jsonl")] == list(range(20, 201, 20))

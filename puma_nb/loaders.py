@@ -37,14 +37,21 @@ def layout(source): # (layout, files in order)
 
 def rows_of(card: Card, source): # An iterable of dicts
     "Rows of a set, streamed: from a file or folder, or from the hub with source=\"hub\"."
-    if source == "hub":
-        if card.meta["puma"]["home"].startswith("http"): raise UserError(f"{card.name} is not on the hub: get it from {card.meta['puma']['home']} and give its folder")
-        name, rows = "hub", load_dataset(card.meta["puma"]["home"], split=card.meta["puma"]["split"], streaming=True)
+    if source == "hub": rows = _from_hub(card, streaming=True)
     else:
         name, files = layout(source)
         if name == "imagefolder": return ({"image": str(f)} for f in files)
         if name == "webdataset": return itertools.chain.from_iterable(tar_rows(f) for f in files)
         rows = load_dataset(name, data_files=[str(f) for f in files], split="train", streaming=True)
+    return _undecoded(rows)
+
+def _from_hub(card, streaming):
+    home = card.meta["puma"]["home"]
+    if home.startswith("http"): raise UserError(f"{card.name} is not on the hub: get it from {home} and give its folder")
+    try: return load_dataset(home, split=card.meta["puma"]["split"], streaming=streaming)
+    except Exception as e: raise UserError(f"{card.name}: {home} cannot be loaded from the hub ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
+
+def _undecoded(rows): # pictures as bytes or paths: we open them ourselves, since some will not open
     for k, v in (rows.features or {}).items():
         if isinstance(v, ImageFeature): rows = rows.cast_column(k, ImageFeature(decode=False))
     return rows
@@ -260,14 +267,11 @@ class CardSet:
     def __init__(self, card: Card, source, stage: str, side: int, seed: int = 0, group: int = 4, **kwargs): # group: shards that are mixed with each other
         if kwargs.get("seen") is not None: raise UserError("with a set read by position every row would be its own duplicate in the second epoch: see leave_out_duplicates")
         self.loader, self.seed, self.group, self.left_out, self.lock = Loader(card, source, stage, side, seed, **kwargs), seed, group, set(), threading.Lock()
-        name, files = layout(source)
+        name, files = ("hub", []) if source == "hub" else layout(source)
         if name == "webdataset": self.tables = [TarTable(f) for f in files]
         elif name == "imagefolder": self.tables = [[dict(image=str(f)) for f in files]]
-        else:
-            rows = load_dataset(name, data_files=[str(f) for f in files], split="train")
-            for k, v in rows.features.items():
-                if isinstance(v, ImageFeature): rows = rows.cast_column(k, ImageFeature(decode=False))
-            self.tables = [rows]
+        elif name == "hub": self.tables = [_undecoded(_from_hub(card, streaming=False))]
+        else: self.tables = [_undecoded(load_dataset(name, data_files=[str(f) for f in files], split="train"))]
         self.counts = [len(t) for t in self.tables]
         if not len(self): raise UserError(f"{source}: no rows there")
 

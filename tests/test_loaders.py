@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image as ImageFeature, List, Value
 from PIL import Image
 from puma_nb.core import UserError, save_image
 from puma_nb.data import as_dataset, boxes_in, load_cards
-from puma_nb.loaders import Loader, Skip, open_picture
+from puma_nb.loaders import CardSet, Loader, Skip, open_picture
 from puma_nb.world import article, box, caption, draw_scene, sample_scene
 
 CARDS, N = load_cards(), 4
@@ -190,3 +190,22 @@ def test_two_processes_read_every_sample_once_also_when_resumed(tmp_path):
     assert abs(len(first) - 960) <= 12 and sum(read.values()) == 1280  # the last block of a thousand is not full: shares are exact in whole blocks
     assert max(read[t] for t in said["laion-2b"]) <= (1 if len(first) <= 960 else 2) and len(set(first)) == min(960, len(first))
     assert set(read) <= {t for v in said.values() for t in v}
+
+
+def test_a_set_from_the_hub_is_asked_for_by_its_card(tmp_path, monkeypatch):
+    "Streamed or whole, the card says which repository and split; what the hub would send comes from a local file here."
+    import puma_nb.loaders as loaders
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+    asked = []
+    def load(home, split, streaming):
+        asked.append((home, split, streaming))
+        rows = Dataset.from_list([dict(image=dict(bytes=png(sample_scene(0, k)), path=None), questions=["what?"], answers=["a scene"], title="t", authorName="a", genre="g") for k in range(6)]).cast_column("image", ImageFeature())
+        return rows.to_iterable_dataset() if streaming else rows
+    monkeypatch.setattr(loaders, "load_dataset", load)
+    card = CARDS["ocr-vqa-200k"]
+    streamed, ds = list(Loader(card, "hub", "pretrain", 16)), CardSet(card, "hub", "pretrain", 16)
+    assert len(streamed) == len(ds) == 6 and {s["answer"] for s in streamed} == {ds[p]["answer"] for p in range(6)} == {"a scene"}
+    assert asked == [(card.meta["puma"]["home"], card.meta["puma"]["split"], s) for s in (True, False)]
+    monkeypatch.setattr(loaders, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(UserError, match="no network"): CardSet(card, "hub", "pretrain", 16)

@@ -35,7 +35,7 @@ def expected():
     for path in tree_files():
         rel = path.relative_to(ROOT)
         if rel.parts[0] == "puma_nb" and rel.suffix == ".py": names.add(rel.as_posix())
-        if rel.parts[:2] == ("puma_nb", "weights"): names.add(rel.as_posix())
+        if rel.parts[:2] in (("puma_nb", "weights"), ("puma_nb", "accelerate_configs")): names.add(rel.as_posix())
         if rel.parts[0] == "data_cards" and rel.suffix == ".md": names.add("puma_nb/" + rel.as_posix())
     return names
 

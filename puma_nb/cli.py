@@ -161,12 +161,12 @@ def train(
     images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
     encoder: str = None,    # Presets base and paper: a released CLIP, as a folder or hf:NAME
     llama: str = None,      # Presets base and paper: a released LLaMA, as a folder or hf:NAME
-    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,grit=DIR
+    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,ocr-vqa-200k=hub
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
     checkpointing: store_true = False, # Recompute activations: less memory, a third more work
     accumulate: int = 1,    # Micro-batches a step: less memory, the same gradient
-    ahead: int = None,      # Batches prepared while a step computes; 2 with --data, else 0
+    ahead: int = None,      # Batches prepared while a step computes; 2 with --data or a GPU, else 0
     float32: store_true = False, # No bfloat16
     shard: store_true = False, # Divide weights, gradients and moments among the processes of torchrun
     bad_step: str = "stop", # stop, or skip: a gradient that is not finite, or a spike
@@ -191,7 +191,7 @@ def train(
     if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
-    how = Run(accumulate, (2 if data else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
+    how = Run(accumulate, (2 if data or pick_device(device).type == "cuda" else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
     train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), encoder=dict(encoder=encoder, llama=llama, images=images) if encoder else {},
                  decoders=dict(parts=_parts(parts), images=images, cache=cache), pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
     end_processes()

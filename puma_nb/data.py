@@ -52,6 +52,7 @@ def question_sample(scene, rng, kinds=("yesno", "what"), turns=1): # None where 
     talk = [text(t, learn) for q, a in turns.items() for t, learn in ((q, False), (a, True))]
     return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], [text(SYSTEM, False), image(0, False), *talk], scene, talk[1]["text"])
 
+# %% ../nbs/00b_data.ipynb #bb1b3a06
 def edit_sample(scene, rng, kinds=EDITS): # None where the scene does not allow the edit
     "`[IMG] source [/IMG] instruction [IMG] target [/IMG]`"
     kind = str(rng.choice(kinds))
@@ -182,6 +183,7 @@ def image_files(source): # A sequence of what `load_image` reads
     if column is None: raise UserError(f"{source}: no column of images among {', '.join(rows.features)}")
     return _Rows(rows, column)
 
+# %% ../nbs/00b_data.ipynb #97db2a27
 def image_set(
     source,               # As for `image_files`
     side: int,            # Pixels of the result

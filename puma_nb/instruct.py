@@ -77,6 +77,7 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
                  captions=caption_score(puma, images, scenes), t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
                  edits={k: edit_score(puma, k, n=min(50, n)) for k in (*EDITS, "colorize")}, speed=speed)
 
+# %% ../nbs/05_instruct.ipynb #312e22a4
 STAGES = dict(encoder=train_encoder, autoencoder=train_autoencoder, decoders=train_decoders, pretrain=train_pretrain, instruct=train_instruct)
 
 def train_system(

@@ -262,6 +262,7 @@ class TarTable:
             def read(at, size): f.seek(at); return f.read(size)
             return tar_row((kind, read(*where)) for kind, where in self.rows[k].items())
 
+# %% ../nbs/00f_loaders.ipynb #0b4b2c8d
 class CardSet:
     "Samples of a set by their position in the run; see `Loader` for what a row becomes."
     def __init__(self, card: Card, source, stage: str, side: int, seed: int = 0, group: int = 4, **kwargs): # group: shards that are mixed with each other

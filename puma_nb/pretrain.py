@@ -179,6 +179,7 @@ def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 
         for i, x in puma.generate([caption(s) for s in part], scales, [seed + k + j for j in range(len(part))]).items(): found[i] += [read_scene(p) for p in x]
     return {i: score_scenes(scenes, f) for i, f in found.items()}
 
+# %% ../nbs/04_pretrain.ipynb #2e518253
 def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, shares, progress): # samples: a function, called if there are no real sets
     "The task of a stage: on real sets, or on the world's samples."
     if data:
@@ -188,6 +189,7 @@ def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, share
     sets, store = prepare_samples(samples(), tokenizer, encoder, model.stats, progress)
     return PretrainTask(preset, model, tokenizer, sets, shares, store, name, seed)
 
+# %% ../nbs/04_pretrain.ipynb #17a96d52
 BANDS = ("text", "f4", "f3", "f2", "f1", "f0")
 
 def _settings(preset): # what a loss depends on, as JSON gives it back
@@ -209,6 +211,7 @@ def compare_with_shipped(preset: Preset, log): # As from `is_normal`; None where
     print("pretrain: at its end the loss is " + ", ".join(f"{t} {r['end']}" for t, r in found.items()) + " the bands of the shipped runs", flush=True)
     return found
 
+# %% ../nbs/04_pretrain.ipynb #8c1adb53
 def train_pretrain(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), data: dict = None, llama=None): # data: name of a card -> where its set lies; llama: a release to begin from
     "Stage `pretrain`; gate: captions of validation images are right. On real sets there is no oracle, and no gate."
     begun, out, stage = time.time(), Path(out), preset.stages["pretrain"]

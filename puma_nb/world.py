@@ -74,6 +74,7 @@ def draw_thing(im, shape: str, center, size: float, color):
     else:
         for polygon in _outline(shape, cx, cy, r): d.polygon(polygon, fill=color)
 
+# %% ../nbs/00a_world.ipynb #d251e779
 def draw_words(im, words: str, color, size: float):
     "Write words in the middle of a PIL image, as large as `size` (of its side) allows."
     s = im.width

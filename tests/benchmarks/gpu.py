@@ -1,21 +1,24 @@
-"""Real sizes on one GPU: training steps of the SDXL-size decoder and of the LLaMA-3-8B-size language model, its generation, and preset mini trained.
+"""Real sizes on one GPU: training steps of the SDXL-size decoder and of the LLaMA-3-8B-size language model, its generation, preset mini trained, and the configurations of accelerate tried.
 
-    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mllm] [--part mini] [--stretch 1.0]
+    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mllm] [--part mini] [--part shard] [--stretch 1.0]
 
 One call does everything and leaves DIR/gpu.json, and for mini the folder of the system without its checkpoints.
 `--smoke` runs the same lines with preset nano's decoder on whatever device there is, to see that the script works.
 Peak FLOP/s for the utilisation (MFU) are the dense bfloat16 figure of an H200, 989e12, unless --peak says otherwise.
 Recomputation under gradient checkpointing is not counted.
 """
-import argparse, json, time
+import argparse, json, shutil, subprocess, sys, time
 from pathlib import Path
+from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import get_preset, pick_device
 from puma_nb.decoders import build_decoder, noise_schedule
 from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
 from puma_nb.plan import get_device, mllm_flops, mllm_memory, peak_memory
-from puma_nb.training import recompute_activations, stretched
+from puma_nb.training import accelerate_config, read_log, recompute_activations, stretched
+
+PARTS = ("step", "mllm", "mini", "shard")
 
 
 def one_step(model, optimizer, schedule, batch, device):
@@ -91,9 +94,23 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
     return dict(out, ms_per_token_bandwidth_limit=round(2000 * sum(q.numel() for q in model.parameters()) / (get_device("h200").bandwidth * 1e12), 3))
 
 
+def divided(out, smoke):
+    "A short pretraining of pico alone and under each configuration of `accelerate` on this machine's GPUs: the last losses."
+    home, found, gpus = out / "shard", {}, max(1, torch.cuda.device_count())
+    train = ["train", "--preset", "pico", "--quiet"]
+    for stage in ("encoder", "autoencoder", "decoders"): subprocess.run([sys.executable, "-m", "puma_nb.cli", *train, "--stage", stage, "--out", str(home / "system")], check=True, stdout=subprocess.DEVNULL)
+    for how in ("alone", *(() if smoke else ("ddp", "fsdp2", "zero3"))):
+        shutil.copytree(home / "system", home / how)
+        start = [sys.executable] if how == "alone" else ["accelerate", "launch", "--config_file", str(accelerate_config(how)), "--num_processes", str(gpus)]
+        done = subprocess.run([*start, "-m", "puma_nb.cli", *train, "--stage", "pretrain", "--stretch", "50", "--out", str(home / how)], capture_output=True, text=True)
+        found[how] = read_log(home / how / "pretrain" / "log.jsonl")[-1]["loss"] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+        print(how, found[how], flush=True)
+    return found
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=("step", "mllm", "mini")); p.add_argument("--stretch", type=float, default=1.0)
+    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=PARTS); p.add_argument("--stretch", type=float, default=1.0)
     p.add_argument("--peak", type=float, default=989e12); p.add_argument("--smoke", action="store_true")
     args = p.parse_args()
     out, device = Path(args.out), pick_device()
@@ -101,7 +118,7 @@ def main():
     report = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else device.type, torch=torch.__version__, step=[])
     preset = get_preset("nano" if args.smoke else "paper")
     settings = [(32, 4)] if args.smoke else [(512, 16), (1024, 4)]
-    if "step" in (args.part or ("step", "mllm", "mini")):
+    if "step" in (args.part or PARTS):
         for pixels, size in settings:
             for compiled, channels_last, checkpointing in ((False, False, False), (False, True, False), (True, False, False), (True, True, False), (False, False, True)):
                 try: row = step_speed(preset, pixels, size, compiled and not args.smoke, channels_last, checkpointing, args.peak, device)
@@ -109,7 +126,7 @@ def main():
                 report["step"].append(row); print(row, flush=True)
                 (out / "gpu.json").write_text(json.dumps(report, indent=1))
                 if device.type == "cuda": torch.cuda.empty_cache()
-    if "mllm" in (args.part or ("step", "mllm", "mini")):
+    if "mllm" in (args.part or PARTS):
         report["mllm"] = []
         for rows, masters in ((2, True), (2, False), (8, False), (32, False)):
             if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
@@ -117,9 +134,14 @@ def main():
             except torch.OutOfMemoryError as e: row = dict(rows=rows, masters=masters, error=str(e).split(".")[0])
             report["mllm"].append(row); print(row, flush=True)
             (out / "gpu.json").write_text(json.dumps(report, indent=1))
-    if "mini" in (args.part or ("step", "mllm", "mini")):
+    if "mini" in (args.part or PARTS):
         from puma_nb.instruct import train_system
         train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", progress=False)
+        logs = {f.parent.name: read_log(f) for f in (out / "mini").rglob("log.jsonl")}
+        report["mini"] = {s: dict(samples_per_second=median([r["samples_per_second"] for r in log]), data_share=median([r["data_share"] for r in log]), memory_gb=log[-1]["memory_gb"]) for s, log in logs.items()}
+        print(report["mini"], flush=True); (out / "gpu.json").write_text(json.dumps(report, indent=1))
+    if "shard" in (args.part or PARTS):
+        report["shard"] = divided(out, args.smoke); (out / "gpu.json").write_text(json.dumps(report, indent=1))
     print(f"results: {out / 'gpu.json'}")
 
 

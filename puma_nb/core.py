@@ -122,6 +122,7 @@ class MLLMPreset:
     feature_noise: tuple    # largest noise on the features that are fed in while training, f0..f4
     depth_shares: tuple     # share of batches whose pyramids stop at f0..f4
     tune_depth_shares: tuple # the same in instruction tuning
+    thin: int               # a step whose images are longer than this many tokens takes fewer sequences, for about as many tokens; 0: never
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
 
@@ -192,7 +193,7 @@ _NANO = {
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"), tied=(False, "LLaMA-3 8B"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: 1, 8, 64, 512, 1024 in A.2.1"), reduction=("mean", "ours: one mean a scale"),
         first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(128, "ours: a step of tuning took 0.18 s instead of 0.21 s"),
-        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: edits want fine scales, and these come last"),
+        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: steps of all depths take about as long"),
         read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores")),
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
@@ -242,7 +243,7 @@ _PAPER = {
         min_snr=(0.0, "the paper mentions none"), feature_noise=((0.0,) * 5, "the paper mentions none"), min_side=(512, "A.1"), features=("online", "ours: half a megabyte an image"), attention=("fused", "ours"), sampler=("DDPMScheduler", "[code]"), sampling_steps=(50, "[code]"), guidance=(2.0, "[code]")),
     "mllm": dict(vocab_size=(128256, _LLAMA), hidden_size=(4096, _LLAMA), layers=(32, _LLAMA), heads=(32, _LLAMA), kv_heads=(8, _LLAMA), mlp_size=(14336, _LLAMA), rope_theta=(500000.0, _LLAMA), tied=(False, _LLAMA),
         text_weight=(0.02, "A.2.1"), scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"), reduction=("proportional", "inferred: the literal sum would drown the text (Eq. 2, A.2.1)"),
-        first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(4096, "ours: the paper does not say"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
+        first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(4096, "ours: the paper does not say"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), thin=(0, "A.2: each step has the whole batch"),
         read_scale=(0, "3.3"), attention=("fused", "ours")),
     "stage.encoder": _RELEASED, "stage.autoencoder": _RELEASED, "stage.base": _RELEASED,
     **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", (1.0, "A.1")) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},

@@ -6,8 +6,8 @@
 __all__ = ['SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'order_tokens', 'slots', 'Sequence', 'build_sequence', 'FeatureStore',
            'pad_sequences', 'add_features', 'collate', 'pack', 'additive', 'PumaConfig', 'RegressionHead',
            'PumaForConditionalGeneration', 'image_ids', 'build_mllm', 'targets', 'text_loss', 'loss_terms',
-           'loss_weights', 'term_gradients', 'MLLMTask', 'prepare_samples', 'Reading', 'write', 'write_image',
-           'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard']
+           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'prepare_samples', 'Reading', 'write',
+           'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
@@ -257,6 +257,15 @@ def term_gradients(model, b): # {"text": vector, "f4": vector, ...}
     return out
 
 # %% ../nbs/03_mllm.ipynb #dc0b7716
+def thin_out(
+    positions,   # Of a step's samples
+    tokens: int, # Of an image in this step
+    thin: int    # As in `MLLMPreset`; 0 keeps them all
+): # Those that the step uses
+    "Fewer sequences where images are long, so that steps have about as many tokens."
+    return positions[::max(1, round(tokens / thin))] if thin else positions
+
+# %% ../nbs/03_mllm.ipynb #cf7f9f67
 class MLLMTask(Task):
     "Train on a mixture of sample sets that share one feature store."
     def __init__(self, preset: Preset, model, tokenizer, sets: dict, shares: dict, store: FeatureStore, name="mllm", seed: int = 0):
@@ -272,7 +281,7 @@ class MLLMTask(Task):
     def work(self, b): # tokens that are not padding, room for tokens, and useful operations (chapter 3d has the formula)
         m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
         lengths = b["mask"].sum(-1).double(); tokens, text = int(lengths.sum()), found.pop("text")
-        layers = sum(p.numel() for p in self.model.language_model.model.layers.parameters())
+        layers = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.language_model.model.layers.parameters())  # DeepSpeed leaves empty tensors behind
         attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
         ends = 2 * m.hidden_size * (text * m.vocab_size + 2 * sum(found.values()) * b["features"].shape[-1])
         return dict(tokens=tokens, room=b["mask"].numel(), flops=3 * (2 * layers * tokens + attention + ends))
@@ -280,8 +289,7 @@ class MLLMTask(Task):
     def stop(self, step): # the scale after which this step's images end: a function of the step
         return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
 
-    def choose(self, positions, step): # long pyramids: fewer sequences, about as many tokens
-        return positions[::max(1, round(len(slots(self.stop(step), self.preset.mllm.first_scale)) / 28))]
+    def choose(self, positions, step): return thin_out(positions, len(slots(self.stop(step), self.preset.mllm.first_scale)), self.preset.mllm.thin)
 
     def gather(self, positions): # the segments of each sample, and the features that they refer to
         return [self.sets[n][sample_ids([k], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, k in draw(positions, self.shares, self.seed)], self.store
@@ -292,7 +300,7 @@ class MLLMTask(Task):
         b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments], store, self.tokenizer.pad_token_id)
         share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
         amount = share * torch.tensor(m.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
-        b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))
+        b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs")) if any(m.feature_noise) else b["features"]
         if m.head != "regression": b["noise"] = noise_for(positions, b["ids"].shape[1], b["features"].shape[2] + 1, keys=(self.seed, "head"))  # one more for the time
         b = pack(b, m.pack) if m.pack else b
         return {k: v.to(next(self.model.parameters()).device) for k, v in b.items()}

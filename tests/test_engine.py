@@ -1,24 +1,47 @@
 """The loop over processes: DDP and fully_shard give one process's losses, runs move between them, configurations are valid."""
 import json, os, subprocess, sys
+from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import is_deepspeed_available
+from safetensors.torch import load_file
 from puma_nb.core import get_preset
-from puma_nb.training import accelerate_config, read_log
+from puma_nb.decoders import DecoderTask, build_decoder
+from puma_nb.mllm import MLLMTask, build_mllm
+from puma_nb.training import Losses, Run, _tell_fsdp, accelerate_config, read_log
 
 WORKER = """
 import json, sys, torch
 from dataclasses import replace
 from puma_nb.core import *; from puma_nb.data import *; from puma_nb.training import *; from puma_nb.pyramid import *; from puma_nb.mllm import *
+import puma_nb.training
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
+def fsdp2_on_cpu(device=None, bf16=True):  # accelerate divides models on GPUs only: tell it that these processes count
+    a = make_accelerator(device, bf16); a.state.distributed_type, a.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    return a
+def zero3_on_cpu(device=None, bf16=True):  # the same for DeepSpeed, which must also be told that the connections are there
+    import deepspeed
+    if PartialState._shared_state: PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    a, plugin = make_accelerator(device, bf16), DeepSpeedPlugin()
+    deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    plugin.set_mixed_precision("no"); a.state.deepspeed_plugins = plugin; plugin.select(_from_accelerator_state=True)
+    a.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    return a
 root, out, how, steps = *sys.argv[1:4], int(sys.argv[4])
 preset = get_preset("pico"); encoder, stats = load_encoder(root, "cpu"), load_stats(root)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
 sets, store = prepare_samples(dict(t2i=world_samples("t2i", 32), caption=world_samples("caption", 32)), tokenizer, encoder, stats)
 torch.manual_seed(0); task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store)
-stage = replace(preset.stages["pretrain"], steps=20, batch=12, ema=0.9, checkpointing=how.endswith("recompute"))
+puma_nb.training.make_accelerator = dict(fsdp2=fsdp2_on_cpu, zero3=zero3_on_cpu).get(how, make_accelerator)
+stage = replace(preset.stages["pretrain"], steps=20, batch=12, ema=0.0 if "zero" in how else 0.9, checkpointing=how.endswith("recompute"))
 class Halfway(Exception): pass
 batch = task.batch
 def until(positions, step):
@@ -29,8 +52,8 @@ try: fit(task, stage, out, resume=True, device="cpu", log_every=1, progress=Fals
 except Halfway: pass
 else:
     if is_main(): save_tensors(task.model.state_dict(), out + "/end.safetensors")
-kind = make_accelerator("cpu", bf16=False)
-print(json.dumps(dict(processes=kind.num_processes, kind=str(kind.distributed_type), sharded=is_sharded(Losses(task)) if not is_main() else None)))
+kind = puma_nb.training.make_accelerator("cpu", bf16=False)
+sys.stdout.write("\\n" + json.dumps(dict(processes=kind.num_processes, kind=str(kind.distributed_type), sharded=is_sharded(Losses(task)) if not is_main() else None)) + "\\n"); sys.stdout.flush()
 end_processes()
 """
 
@@ -44,15 +67,23 @@ def root(tmp_path_factory):
     return out
 
 
+def launched(name):
+    "What `accelerate launch --config_file` puts into the environment, by its own code."
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(accelerate_config(name)), "script.py"]))
+    if args.use_deepspeed: args.deepspeed_fields_from_accelerate_config = ",".join(load_config_from_file(str(accelerate_config(name))).deepspeed_config)
+    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {k: v for k, v in env.items() if k.startswith(("ACCELERATE_", "FSDP_")) and k != "ACCELERATE_MIXED_PRECISION"} | ({"DS_ACCELERATOR": "cpu"} if args.use_deepspeed else {})
+
+
 def run(root, out, how, processes, steps=99):
     "Train 20 steps (or until `steps`) in so many real processes; asserts that there were as many."
     script = root.parent / "worker.py"; script.write_text(WORKER)
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([*launch, str(script), str(root), str(out), how, str(steps)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*launch, str(script), str(root), str(out), how, str(steps)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **(launched(how) if how in ("fsdp2", "zero3") else {})})
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(l) for l in done.stdout.splitlines() if l.startswith("{")]
-    assert len(said) == processes and all(s["processes"] == processes and ("MULTI_CPU" in s["kind"]) == (processes > 1) for s in said)
-    assert any(s["sharded"] for s in said) == (how.startswith("shard") and processes > 1)
+    assert len(said) == processes and all(s["processes"] == processes and s["kind"].split(".")[1] == dict(fsdp2="FSDP", zero3="DEEPSPEED").get(how, "MULTI_CPU" if processes > 1 else "NO") for s in said)
+    assert any(s["sharded"] for s in said) == (how.startswith(("shard", "fsdp2")) and processes > 1)
     return read_log(out / "log.jsonl")
 
 
@@ -60,7 +91,7 @@ def run(root, out, how, processes, steps=99):
 def alone(root): return run(root, root.parent / "alone", "plain", 1)
 
 
-@pytest.mark.parametrize("how,processes", [("plain", 2), ("shard", 2), ("shard recompute", 2), ("accumulate", 1), ("accumulate", 2)])
+@pytest.mark.parametrize("how,processes", [("plain", 2), ("shard", 2), ("shard recompute", 2), ("fsdp2", 2), ("accumulate", 1), ("accumulate", 2)])
 def test_first_twenty_losses_are_those_of_one_process(how, processes, root, alone, tmp_path):
     "Losses, each of their terms, the gradient's norm and the averaged weights at the end."
     rows = run(root, tmp_path / "run", how, processes)
@@ -68,13 +99,27 @@ def test_first_twenty_losses_are_those_of_one_process(how, processes, root, alon
     for a, b in zip(alone, rows):
         assert a.keys() == b.keys()
         for k in {"loss", "text", "f4", "f3", "f2", "f1", "f0", "grad_norm"} & a.keys(): assert a[k] == pytest.approx(b[k], rel=1e-5), (a["step"], k)
-    from safetensors.torch import load_file
     one, other = (load_file(f / "end.safetensors") for f in (root.parent / "alone", tmp_path / "run"))
     assert one.keys() == other.keys()
     for k in one: torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("first,then", [(("shard", 2), ("plain", 1)), (("plain", 1), ("shard", 2)), (("plain", 2), ("plain", 1))])
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed: pip install puma-nb[deepspeed]")
+def test_zero3_gives_the_losses_of_one_process(root, tmp_path):
+    "What zero3.yaml says, on two CPU processes, stopped in the middle and resumed; only stages without averaged weights can."
+    alone = run(root, tmp_path / "alone", "plain without zero", 1)
+    run(root, tmp_path / "run", "zero3", 2, steps=10)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")) == ["step_0000005", "step_0000010"]
+    rows = run(root, tmp_path / "run", "zero3", 2)
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    for a, b in zip(alone, rows):
+        for k in {"loss", "text", "f4", "f3", "f2", "f1", "f0", "grad_norm"} & a.keys(): assert a[k] == pytest.approx(b[k], rel=1e-5), (a["step"], k)
+    one, other = (load_file(f / "end.safetensors") for f in (tmp_path / "alone", tmp_path / "run"))
+    assert one.keys() == other.keys()
+    for k in one: torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("first,then", [(("shard", 2), ("plain", 1)), (("fsdp2", 2), ("plain", 1)), (("plain", 1), ("shard", 2)), (("plain", 2), ("plain", 1))])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, root, alone, tmp_path):
     "Ten steps one way, ten another, from the checkpoint in between."
     out = tmp_path / "run"
@@ -92,19 +137,22 @@ def test_configurations_are_what_accelerate_reads():
     assert all(c.mixed_precision == "bf16" and c.num_processes == 8 and not c.use_cpu for c in found.values())
     f = found["fsdp2"].fsdp_config
     plugin = FullyShardedDataParallelPlugin(fsdp_version=f["fsdp_version"], reshard_after_forward=f["fsdp_reshard_after_forward"], auto_wrap_policy=f["fsdp_auto_wrap_policy"], state_dict_type=f["fsdp_state_dict_type"],
-                                            transformer_cls_names_to_wrap=f["fsdp_transformer_layer_cls_to_wrap"].split(","), cpu_ram_efficient_loading=f["fsdp_cpu_ram_efficient_loading"])
+                                            cpu_ram_efficient_loading=f["fsdp_cpu_ram_efficient_loading"])
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert len(f) == 8 and found["zero3"].deepspeed_config["zero_stage"] == 3
+    assert len(f) == 7 and found["zero3"].deepspeed_config["zero_stage"] == 3
 
 
-def test_the_layers_that_fsdp_gathers_exist():
-    "The class names in fsdp2.yaml are those of a language model's and a decoder's blocks."
-    from puma_nb.decoders import build_decoder
-    from puma_nb.mllm import build_mllm
-    names = load_config_from_file(str(accelerate_config("fsdp2"))).fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    for name in ("base", "paper"):
-        with torch.device("meta"): models = build_mllm(get_preset(name)), build_decoder(get_preset(name), 0)
-        for wanted, model in zip(names, models): assert sum(type(m).__name__ == wanted for m in model.modules()) > 10, wanted
+@pytest.mark.parametrize("name", ["base", "paper"])
+def test_the_layers_that_are_gathered_one_at_a_time(name):
+    "accelerate finds what a stage names, and divides at each layer of the language model and each block of a decoder."
+    with torch.device("meta"): models = {MLLMTask: build_mllm(get_preset(name)), DecoderTask: build_decoder(get_preset(name), 0)}
+    for kind, model in models.items():
+        task = SimpleNamespace(model=model, blocks=lambda: kind.blocks(SimpleNamespace(model=model)))
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+        _tell_fsdp(plugin, task, Run()); plugin.set_auto_wrap_policy(Losses(task))
+        divided = fsdp2_prepare_auto_wrap_policy(plugin, Losses(task))
+        assert len(task.blocks()) > 10 and {m for m in model.modules() if divided(m)} == set(task.blocks())
+        assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
 
 
 def test_one_process_cannot_shard(tmp_path, capsys):

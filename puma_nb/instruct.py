@@ -63,7 +63,7 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
     begun, out, stage = time.time(), Path(out), preset.stages["instruct"]
     model, tokenizer = load_mllm(out, "pretrain", device)
     encoder = load_encoder(out, device)
-    task = task_for("instruct", deeper(preset), model, tokenizer, encoder, seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress)
+    task = task_for("instruct", deeper(preset), model, tokenizer, encoder, seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress, out, device)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     if not data: task.held = held_out(preset, encoder, seed=seed)
     log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000, run=run)
@@ -99,6 +99,6 @@ def train_system(
             print(f"{name}: finished before", flush=True)
             if is_main(): [shutil.rmtree(c, ignore_errors=True) for c in list((Path(out) / name).rglob("checkpoints"))]  # a run killed at its very end leaves some
             continue
-        if released: take_released(preset, out, device=device, progress=progress, **options[name])
+        if released: is_main() and take_released(preset, out, device=device, progress=progress, **options[name])
         else: STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
         if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves

@@ -9,6 +9,7 @@ __all__ = ['LAYOUTS', 'PICTURES', 'FAMILIES', 'layout', 'rows_of', 'tar_row', 't
 
 # %% ../nbs/00f_loaders.ipynb #36c6009d
 import fnmatch, hashlib, io, itertools, json, tarfile, threading
+from concurrent.futures import ThreadPoolExecutor
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from .core import *
 from .world import *
 from .data import *
+from .training import save_json
 
 # %% ../nbs/00f_loaders.ipynb #05349e6d
 LAYOUTS = (("parquet", ("*.parquet",)), ("webdataset", ("*.tar",)), ("json", ("*.jsonl", "*.json")), ("imagefolder", tuple(f"*{s}" for s in IMAGE_SUFFIXES)))
@@ -42,8 +44,12 @@ def rows_of(card: Card, source): # An iterable of dicts
         name, files = layout(source)
         if name == "imagefolder": return ({"image": str(f)} for f in files)
         if name == "webdataset": return itertools.chain.from_iterable(tar_rows(f) for f in files)
-        rows = load_dataset(name, data_files=[str(f) for f in files], split="train", streaming=True)
+        rows = _table(source, name, files, streaming=True)
     return _undecoded(rows)
+
+def _table(source, name, files, streaming): # parquet or JSON files as one table
+    try: return load_dataset(name, data_files=[str(f) for f in files], split="train", streaming=streaming)
+    except Exception as e: raise UserError(f"{source}: cannot be read as {name} ({type(e).__name__}: {str(e.__cause__ or e).strip().splitlines()[0]})") from None
 
 def _from_hub(card, streaming):
     home = card.meta["puma"]["home"]
@@ -272,7 +278,7 @@ class CardSet:
         if name == "webdataset": self.tables = [TarTable(f) for f in files]
         elif name == "imagefolder": self.tables = [[dict(image=str(f)) for f in files]]
         elif name == "hub": self.tables = [_undecoded(_from_hub(card, streaming=False))]
-        else: self.tables = [_undecoded(load_dataset(name, data_files=[str(f) for f in files], split="train"))]
+        else: self.tables = [_undecoded(_table(source, name, files, streaming=False))]
         self.counts = [len(t) for t in self.tables]
         if not len(self): raise UserError(f"{source}: no rows there")
 
@@ -312,15 +318,30 @@ def _order(n, seed, epoch, group): return np_rng("rows", seed, epoch, group).per
 # %% ../nbs/00f_loaders.ipynb #a609a00c
 def leave_out_duplicates(
     sets: dict,             # name -> CardSet
-    progress: bool = False
+    progress: bool = False,
+    keep=None               # File that keeps what was found
 ): # {name: rows left out because an earlier set has them}
     "Compare sets whose cards ask for it, and leave out what an earlier one brings already."
     asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
-    todo, seen, found = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())], {}, {}
-    for n in todo:
-        s, found[n] = sets[n], 0
-        for shard, row in tqdm([(a, b) for a, c in enumerate(s.counts) for b in range(c)], desc=f"duplicates in {n}", disable=not progress):
-            try: mark = mark_of(s.read(shard, row, 0))
-            except Skip: continue
-            if seen.setdefault(mark, n) != n: s.left_out.add((shard, row)); found[n] += 1
+    todo = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())]
+    about = [[n, str(sets[n].loader.source), sets[n].counts] for n in todo]
+    kept = json.loads(Path(keep).read_text()) if keep and Path(keep).exists() else {}
+    found = kept["rows"] if kept.get("about") == about else _duplicates({n: sets[n] for n in todo}, progress)
+    if keep and todo and kept.get("about") != about: Path(keep).parent.mkdir(parents=True, exist_ok=True); save_json(dict(about=about, rows=found), keep)
+    for n, rows in found.items(): sets[n].left_out = {tuple(r) for r in rows}
+    return {n: len(rows) for n, rows in found.items()}
+
+def _duplicates(sets, progress): # {name: [[shard, row], ...]}
+    def mark(s, at):
+        try: return mark_of(s.read(*at, 0))
+        except Skip: return None
+    seen, found = {}, {n: [] for n in sets}
+    with ThreadPoolExecutor(4) as pool:
+        for n, s in sets.items():
+            rows = [[a, b] for a, c in enumerate(s.counts) for b in range(c)]
+            with tqdm(total=len(rows), desc=f"duplicates in {n}", disable=not progress) as bar:
+                for k in range(0, len(rows), 1000):
+                    part = rows[k:k + 1000]; bar.update(len(part))
+                    for at, m in zip(part, pool.map(lambda at: mark(s, at), part)):
+                        if m is not None and seen.setdefault(m, n) != n: found[n].append(at)
     return found

@@ -33,9 +33,13 @@ class Device:
 
 DEVICES = dict(v100=Device(32, 125, 0.9, False), a100=Device(80, 312, 2.0), h100=Device(80, 989, 3.35), h200=Device(141, 989, 4.8))  # data sheets, SXM versions
 
+def _bandwidth(n: int = 2**27): # TB/s at which this machine reads memory
+    x = torch.ones(n); x.sum(); t = time.perf_counter(); x.sum()
+    return 4e-12 * n / (time.perf_counter() - t)
+
 def get_device(name: str): # One of `DEVICES`, or "cpu": this machine, measured now
     "A device by its name."
-    if name == "cpu": return Device(psutil.virtual_memory().total / 1e9, matmul_ceiling("cpu") / 1e12, 0.02, has_bf16(torch.device("cpu")))
+    if name == "cpu": return Device(psutil.virtual_memory().total / 1e9, matmul_ceiling("cpu") / 1e12, _bandwidth(), has_bf16(torch.device("cpu")))
     if name not in DEVICES: raise UserError(f"unknown gpu {name!r}: choose one of {', '.join(DEVICES)}, or cpu for this machine")
     return DEVICES[name]
 
@@ -135,7 +139,7 @@ def show_plan(p): # Text
     out += [f"{'all':9} {'':13} {'':11} {sum(r['total_flop'] for r in p['stages']):9.2g} {sum(r['days'] for r in p['stages']):9.3g}", "", "memory of the language model's training step, GB on each device:"]
     out += [f"  {k:44} states {v['states']:8.2f}  gradients {v['gradients']:6.2f}  copies {v['copies']:6.2f}  activations {v['activations']:7.2f}  logits {v['logits']:5.2f}   {'fits' if p['fits'][k] else 'does not fit'}" for k, v in p["memory"].items()]
     out += ["", f"generation: at best {1000 * p['seconds_per_token']:.3g} ms a token (an image token reads all weights but those of the words), {341 * p['seconds_per_token']:.3g} s for 341 image tokens"]
-    if not p["bf16"]: out += ["this GPU has no bfloat16: float16 with loss scaling, or float32"]
+    if not p["bf16"]: out += ["this GPU has no bfloat16: puma-nb would train in float32 there, far from this peak; the paper must have used float16 with loss scaling"]
     return "\n".join(out)
 
 # %% ../nbs/03d_plan.ipynb #bc341635

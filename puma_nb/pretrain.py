@@ -99,6 +99,8 @@ def card_sets(
     stage: str,       # "pretrain" or "instruct"
     side: int,        # Pixels that the encoder wants
     seed: int = 0,
+    keep=None,        # File for the rows that two sets share; written by the first process
+    device=None,
     **kwargs          # For `CardSet`
 ): # ({name: CardSet}, {name: share})
     "Sets named by their cards, with their shares."
@@ -108,7 +110,11 @@ def card_sets(
         role = next((s for s in cards[name].stage if s.startswith(stage)), None)
         if role is None: raise UserError(f"{name} is not for stage {stage}; its stages: {', '.join(cards[name].stage)}")
         sets[name], shares[name] = CardSet(cards[name], source, role, side, seed, **kwargs), cards[name].meta["puma"]["weight"][role]["share"]
-    for name, n in leave_out_duplicates(sets, is_main()).items(): print(f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, and are left out", flush=True)
+    wait = lambda: make_accelerator(device).wait_for_everyone() if processes() > 1 and keep else None
+    if not is_main(): wait()  # for the file
+    for name, n in leave_out_duplicates(sets, is_main(), keep).items():
+        if is_main(): print(f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, and are left out", flush=True)
+    if is_main(): wait()
     return sets, shares
 
 DECODERS = ThreadPoolExecutor(4)  # threads that open pictures; PIL lets others work meanwhile
@@ -127,7 +133,7 @@ class CardTask(PretrainTask):
 
 # %% ../nbs/04_pretrain.ipynb #f248f8fa
 def release(source): # A folder, or hf:NAME: a folder either way
-    "Where a released model lies; one from the hub is downloaded, and only its safetensors and JSON."
+    "Where a released model lies; one from the hub is downloaded: safetensors, JSON and word lists, nothing that runs."
     if not str(source).startswith("hf:"): folder = Path(source)
     else:
         try: folder = Path(snapshot_download(str(source)[3:], allow_patterns=["*.json", "*.safetensors", "*.txt"], ignore_patterns=["original/*"]))
@@ -135,8 +141,16 @@ def release(source): # A folder, or hf:NAME: a folder either way
     if not (folder / "config.json").exists(): raise UserError(f"{source}: no model there (config.json is missing); name a folder, or hf:OWNER/NAME")
     return folder
 
-def _fits(source, found, wanted): # {name: number} of the release and of the preset
-    if wrong := [f"{k} {found[k]} instead of {v}" for k, v in wanted.items() if found[k] != v]: raise UserError(f"{source} does not fit the preset: {', '.join(wrong)}")
+def _taken(source, read, kinds=(), **wanted): # what `read` makes of the folder; `wanted`: numbers of the preset, by the configuration's names
+    folder = release(source)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if kinds and config.model_type not in kinds: raise UserError(f"{source} holds a model of type {config.model_type}; wanted: {' or '.join(kinds)}")
+        part = getattr(config, "vision_config", config)
+        if wrong := [f"{k} {getattr(part, k)} instead of {v}" for k, v in wanted.items() if getattr(part, k) != v]: raise UserError(f"{source} does not fit the preset: {', '.join(wrong)}")
+        with quietly(): return read(folder)
+    except UserError: raise
+    except Exception as e: raise UserError(f"{source} cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''})") from None
 
 def take_released(
     preset: Preset, out,
@@ -147,23 +161,23 @@ def take_released(
 ):
     "What stage `encoder` leaves, from releases instead of training."
     begun, out, e = time.time(), Path(out), preset.encoder
-    with quietly(): net = CLIPVisionModel.from_pretrained(release(encoder), dtype=torch.float32, use_safetensors=True)
-    _fits(encoder, {k: getattr(net.config, k) for k in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")}, dict(hidden_size=e.hidden_size, image_size=e.image_size, patch_size=e.patch_size, num_hidden_layers=e.layers))
+    net = _taken(encoder, lambda f: CLIPVisionModel.from_pretrained(f, dtype=torch.float32, use_safetensors=True), ("clip", "clip_vision_model"),
+                 hidden_size=e.hidden_size, image_size=e.image_size, patch_size=e.patch_size, num_hidden_layers=e.layers)
+    theirs = _taken(llama, AutoTokenizer.from_pretrained)
     pictures, left_out = image_set(images, e.image_size, n=2000, progress=progress)
     net = net.to(pick_device(device)).eval().requires_grad_(False)
     stats = feature_stats(encode_images(net, pictures, progress=progress))
     with quietly(): net.save_pretrained(out / "encoder")
     save_tensors(dict(mean=stats.mean, std=stats.std), out / "encoder" / "feature_stats.safetensors")
-    add_puma_tokens(AutoTokenizer.from_pretrained(release(llama))).save_pretrained(out / "tokenizer")
+    add_puma_tokens(theirs).save_pretrained(out / "tokenizer")
     finish_stage(out, "encoder", preset.stages["encoder"], {}, seconds=round(time.time() - begun), taken_from=str(encoder), pictures=len(pictures), left_out=left_out)
 
 def start_mllm(preset, tokenizer, stats, llama=None): # A model with random weights, or around a released LLaMA
     "The language model at the beginning of pretraining."
     if llama is None: return build_mllm(preset, tokenizer, stats)
-    m, config = preset.mllm, AutoConfig.from_pretrained(release(llama))
-    _fits(llama, {k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")},
-          dict(hidden_size=m.hidden_size, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size))
-    return PumaForConditionalGeneration.from_llama(release(llama), tokenizer, stats, preset.name, m.read_scale)
+    m = preset.mllm
+    return _taken(llama, lambda f: PumaForConditionalGeneration.from_llama(f, tokenizer, stats, preset.name, m.read_scale), ("llama",),
+                  hidden_size=m.hidden_size, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)
 
 # %% ../nbs/04_pretrain.ipynb #5846e267
 def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's score of the captions
@@ -180,10 +194,10 @@ def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 
     return {i: score_scenes(scenes, f) for i, f in found.items()}
 
 # %% ../nbs/04_pretrain.ipynb #2e518253
-def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, shares, progress): # samples: a function, called if there are no real sets
+def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, shares, progress, out=None, device=None): # samples: a function, called if there are no real sets
     "The task of a stage: on real sets, or on the world's samples."
     if data:
-        sets, shares = card_sets(data, name, preset.encoder.image_size, seed)
+        sets, shares = card_sets(data, name, preset.encoder.image_size, seed, out and Path(out) / name / "duplicates.json", device)
         task = CardTask(preset, model, tokenizer, sets, shares, FeatureStore(torch.zeros(1, TOKENS[0], preset.encoder.hidden_size), model.stats), name, seed); task.encoder = encoder
         return task
     sets, store = prepare_samples(samples(), tokenizer, encoder, model.stats, progress)
@@ -218,7 +232,7 @@ def train_pretrain(preset: Preset, out, seed=0, resume=False, device=None, progr
     encoder, stats = load_encoder(out, device), load_stats(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     torch.manual_seed(seed_of(seed, "mllm")); model = start_mllm(preset, tokenizer, stats, llama)
-    task = task_for("pretrain", preset, model, tokenizer, encoder, seed, data, lambda: pretrain_samples(preset, seed), PRETRAIN_SHARES, progress)
+    task = task_for("pretrain", preset, model, tokenizer, encoder, seed, data, lambda: pretrain_samples(preset, seed), PRETRAIN_SHARES, progress, out, device)
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     if not data: task.held = held_out(preset, encoder, seed=seed)
     log = fit(task, stage, out / "pretrain", seed, resume, device, name="pretraining", progress=progress, sample_every=1000, run=run)

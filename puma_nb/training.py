@@ -378,10 +378,11 @@ def _place(task, stage, accelerator, run): # `Losses`, ready for the optimiser
     "Put the model on the device; one that is divided goes there part by part."
     if stage.checkpointing: task.checkpointing()
     if stage.compile: task.model.compile()
+    if run.shard and accelerator.num_processes < 2: raise UserError("sharding divides a model among processes: start several, say torchrun --nproc_per_node 2 -m puma_nb.cli train --shard ...")
+    if divides(accelerator, run) and not task.blocks(): raise UserError("only language models and decoders are worth dividing: train this stage without --shard, or with ddp.yaml")
     if not divides(accelerator, run): task.model.to(accelerator.device, memory_format=memory_format(accelerator.device))
     elif accelerator.is_fsdp2: _tell_fsdp(accelerator.state.fsdp_plugin, task, run)
     elif accelerator.state.deepspeed_plugin: _tell_deepspeed(accelerator.state.deepspeed_plugin, stage, run)
-    elif accelerator.num_processes < 2: raise UserError("sharding divides a model among processes: start several, say torchrun --nproc_per_node 2 -m puma_nb.cli train --shard ...")
     task.model.train(); losses = Losses(task)
     if run.shard:
         for part in (*task.blocks(), losses): fully_shard(part)

@@ -1,6 +1,6 @@
 """Killed again and again, in the middle of saves too, a run ends in the weights of one that was left alone.
 
-A forked server holds the imports, so that a run starts in no time and dozens of kills fit into a minute or two.
+A server holds the imports and forks, so that a run starts in no time and dozens of kills fit into a few minutes.
 By hand, over a longer run: python tests/test_faults.py --preset nano --stage pretrain --stretch 0.1 --kills 1 --model DIR
 """
 import argparse, multiprocessing, os, random, shutil, signal, time
@@ -12,39 +12,48 @@ KILLS = 50
 SPEED = {"samples_per_second", "tokens_per_second", "data_share", "memory_gb", "mfu", "seconds"}  # what a clock says
 
 
-def start(argv, threads):
-    "A run in a process of its own; what it says goes to a file beside its folder."
-    said = Path(argv[argv.index("--out") + 1]).with_suffix(".said")
-    def work():
-        import torch
-        text = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND); os.dup2(text, 1); os.dup2(text, 2)
-        torch.set_num_threads(threads)
-        from puma_nb.cli import main
-        os._exit(main(list(map(str, argv))))
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=work); process.start()
+def work(argv, said, threads):
+    "A run in a process of its own; what it says goes to a file."
+    import torch
+    text = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND); os.dup2(text, 1); os.dup2(text, 2)
+    torch.set_num_threads(threads)
+    from puma_nb.cli import main
+    os._exit(main(list(map(str, argv))))
+
+
+def start(argv, threads=2):
+    "Begin a run; the file beside its folder is for what it says."
+    server = multiprocessing.get_context("forkserver"); server.set_forkserver_preload(["puma_nb.cli"])
+    process = server.Process(target=work, args=(argv, str(Path(argv[argv.index("--out") + 1]).with_suffix(".said")), threads)); process.start()
     return process
 
 
-def saving(folder): return any(Path(folder).rglob("*.tmp"))  # a checkpoint or a file is being written
+def ends(process, patience=1800):
+    "Wait for a run that nobody kills."
+    process.join(patience); assert process.exitcode == 0, "see the .said file beside the folder"
+
+
+def unfinished(folder):
+    "What is being written: files and folders under temporary names."
+    try: return {str(p) for p in Path(folder).rglob("*.tmp")}
+    except FileNotFoundError: return set()  # a folder was renamed while we looked
 
 
 def kill_often(argv, folder, kills, longest, threads=2, seed=0):
     "Start, kill, resume ...; then let it end. Returns (kills, those in the middle of a save)."
     rng, struck, in_save = random.Random(seed), 0, 0
     while struck < kills:
-        process, wait, at_save = start([*argv, "--resume"], threads), rng.uniform(.05, longest), struck % 2 == 1
-        deadline = time.time() + wait
+        before, at_save, wait = unfinished(folder), struck % 2 == 1, rng.uniform(.05, longest)
+        process = start([*argv, "--resume"], threads); deadline = time.time() + wait
         while process.is_alive() and time.time() < deadline: time.sleep(.002)
-        while at_save and process.is_alive() and not saving(folder) and time.time() < deadline + 3: pass  # the next save, as soon as it begins
+        while at_save and process.is_alive() and not unfinished(folder) - before and time.time() < deadline + 3: pass  # the next save, as soon as it begins
         if not process.is_alive():  # it came to its end: the rest is for the caller
-            assert process.exitcode == 0, "see the .said file beside the folder"
-            return struck, in_save
+            ends(process); return struck, in_save
         os.kill(process.pid, signal.SIGKILL); process.join()
-        struck += 1; in_save += saving(folder)
-        for left in Path(folder).rglob("*.tmp"): shutil.rmtree(left) if left.is_dir() and rng.random() < .5 else None  # half of what a kill left behind stays
-    process = start([*argv, "--resume"], threads); process.join()
-    assert process.exitcode == 0, "see the .said file beside the folder"
+        struck += 1; in_save += bool(unfinished(folder) - before)  # what this kill left behind
+        for left in unfinished(folder):
+            if Path(left).is_dir() and rng.random() < .5: shutil.rmtree(left)  # half of it stays
+    ends(start([*argv, "--resume"], threads))
     return struck, in_save
 
 
@@ -63,7 +72,7 @@ def same(a, b):
 def test_fifty_kills_change_nothing(tmp_path):
     "Every stage of pico, killed at random moments; every second kill strikes while something is being written."
     argv = ("train", "--preset", "pico", "--stretch", 8, "--save-every", 3, "--quiet", "--device", "cpu", "--out")
-    begun = time.time(); process = start([*argv, tmp_path / "straight"], 2); process.join(); assert process.exitcode == 0
+    begun = time.time(); ends(start([*argv, tmp_path / "straight"]))
     took, struck, in_save, k = time.time() - begun, 0, 0, 0
     while struck < KILLS:
         out = tmp_path / f"killed{k}"; k += 1; out.mkdir()
@@ -77,14 +86,14 @@ def test_fifty_kills_change_nothing(tmp_path):
 def main():
     p = argparse.ArgumentParser(description="Kill a run, resume it, compare with one that was left alone.")
     for name, default in (("preset", "nano"), ("stage", "pretrain"), ("stretch", 0.1), ("kills", 1), ("model", None), ("longest", 60.), ("work", "kills")): p.add_argument(f"--{name}", default=default, type=type(default) if default is not None else str)
-    a = p.parse_args(); work = Path(a.work)
+    a = p.parse_args(); home = Path(a.work)
     for x in ("straight", "killed"):
-        (work / x).mkdir(parents=True)
-        if a.model: shutil.copytree(a.model, work / x, dirs_exist_ok=True, ignore=shutil.ignore_patterns(a.stage))
+        (home / x).mkdir(parents=True)
+        if a.model: shutil.copytree(a.model, home / x, dirs_exist_ok=True, ignore=shutil.ignore_patterns(a.stage))
     argv = ("train", "--preset", a.preset, "--stage", a.stage, "--stretch", a.stretch, "--save-every", 50, "--quiet", "--out")
-    process = start([*argv, work / "straight"], 2); process.join(); assert process.exitcode == 0
-    struck, in_save = kill_often([*argv, work / "killed"], work / "killed", a.kills, a.longest)
-    print(f"{struck} kills, {in_save} in a save; {same(work / 'straight', work / 'killed')} files of weights are the same, and so are the logs")
+    ends(start([*argv, home / "straight"]))
+    struck, in_save = kill_often([*argv, home / "killed"], home / "killed", a.kills, a.longest)
+    print(f"{struck} kills, {in_save} in a save; {same(home / 'straight', home / 'killed')} files of weights are the same, and so are the logs")
 
 
 if __name__ == "__main__": main()

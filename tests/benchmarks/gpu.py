@@ -11,12 +11,13 @@ import argparse, json, shutil, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import get_preset, pick_device
 from puma_nb.decoders import build_decoder, noise_schedule
 from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
 from puma_nb.plan import get_device, mllm_flops, mllm_memory, peak_memory
-from puma_nb.training import accelerate_config, read_log, recompute_activations, stretched
+from puma_nb.training import Run, accelerate_config, read_log, recompute_activations, stretched
 
 PARTS = ("step", "mllm", "mini", "shard")
 
@@ -35,6 +36,7 @@ def one_step(model, optimizer, schedule, batch, device):
 def step_speed(preset, pixels, size, compiled, channels_last, checkpointing, peak, device, rounds=8):
     "Images a second, peak memory and MFU of one setting."
     torch.manual_seed(0)
+    if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()  # a setting that ran out of memory leaves its peak behind
     a, side = preset.autoencoder, pixels // 2 ** (len(preset.autoencoder.channels) - 1)
     with device: model = build_decoder(preset, 0)
     model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
@@ -42,9 +44,10 @@ def step_speed(preset, pixels, size, compiled, channels_last, checkpointing, pea
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     schedule = noise_schedule(preset.decoder)
     batch = [torch.randn(size, a.latent_channels, side, side, device=device), torch.randn(size, a.latent_channels, side, side, device=device), torch.randn(size, 256, preset.encoder.hidden_size, device=device)]
-    model.unet.set_default_attn_processor()
+    model.unet.set_attn_processor(AttnProcessor())  # operations are counted on plain attention, time is taken on the fused one
     with FlopCounterMode(display=False) as counter: one_step(model, None, schedule, [v[:1] for v in batch], device)
     flops = counter.get_total_flops() / (1 + (1 / 3 if checkpointing else 0))  # one of four passes is recomputation
+    model.unet.set_attn_processor(AttnProcessor2_0() if preset.decoder.attention == "fused" else AttnProcessor())
     if compiled: model.unet.compile_repeated_blocks() if hasattr(model.unet, "compile_repeated_blocks") and getattr(model.unet, "_repeated_blocks", None) else model.unet.compile()
     sync = (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
     for _ in range(3): one_step(model, optimizer, schedule, batch, device)
@@ -54,7 +57,6 @@ def step_speed(preset, pixels, size, compiled, channels_last, checkpointing, pea
         times.append(time.perf_counter() - begun)
     seconds = sorted(times)[len(times) // 2]
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     return dict(pixels=pixels, batch=size, compiled=compiled, channels_last=channels_last, checkpointing=checkpointing, images_per_second=round(size / seconds, 2),
                 tflop_per_image=round(flops / 1e12, 3), mfu=round(flops * size / seconds / peak, 4), peak_gib=round(memory, 1))
 
@@ -81,13 +83,15 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
     times = []
     for _ in range(rounds): sync(); t = time.perf_counter(); step(); sync(); times.append(time.perf_counter() - t)
     seconds, tokens = sorted(times)[len(times) // 2], b["ids"].numel()
+    plan = mllm_memory(preset, 1, False, tokens=tokens)
+    if not masters: plan |= dict(states=plan["states"] / 2, gradients=plan["gradients"] / 2, copies=0)  # weights, gradients and moments of two bytes each
     out = dict(rows=rows, masters=masters, tokens_per_second=round(tokens / seconds), mfu=round(mllm_flops(preset) * rows / seconds / peak, 4),
-               peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(peak_memory(mllm_memory(preset, 1, False, tokens=tokens), accumulate=False) / 2**30, 1))
+               peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(peak_memory(plan, accumulate=False) / 2**30, 1))
     del optimizer; model.eval().to(torch.bfloat16)
     prompt = {k: v[:1, :21] for k, v in b.items()}; prompt["slot"] = torch.full_like(prompt["slot"], -1); prompt["ids"][:, -1] = model.config.image_ids[0]
     for cache, compiled in (("dynamic", False), ("static", False), ("static", device.type == "cuda")):
         try:
-            write_image(model, prompt, 3, cache=cache, compile=compiled)
+            write_image(model, prompt, 0, cache=cache, compile=compiled)  # compiles for the very shapes that are timed
             sync(); t = time.perf_counter(); write_image(model, prompt, 0, cache=cache, compile=compiled); sync()
             out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = round(1000 * (time.perf_counter() - t) / 341, 2)
         except Exception as e: out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
@@ -95,15 +99,17 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
 
 
 def divided(out, smoke):
-    "A short pretraining of pico alone and under each configuration of `accelerate` on this machine's GPUs: the last losses."
-    home, found, gpus = out / "shard", {}, max(1, torch.cuda.device_count())
+    "A short pretraining of pico alone and under each configuration of `accelerate` on this machine's GPUs: the last losses beside one process's."
+    home, found, gpus = out / "shard", {}, max(1, torch.cuda.device_count()); shutil.rmtree(home, ignore_errors=True)
     train = ["train", "--preset", "pico", "--quiet"]
     for stage in ("encoder", "autoencoder", "decoders"): subprocess.run([sys.executable, "-m", "puma_nb.cli", *train, "--stage", stage, "--out", str(home / "system")], check=True, stdout=subprocess.DEVNULL)
     for how in ("alone", *(() if smoke else ("ddp", "fsdp2", "zero3"))):
         shutil.copytree(home / "system", home / how)
         start = [sys.executable] if how == "alone" else ["accelerate", "launch", "--config_file", str(accelerate_config(how)), "--num_processes", str(gpus)]
         done = subprocess.run([*start, "-m", "puma_nb.cli", *train, "--stage", "pretrain", "--stretch", "50", "--out", str(home / how)], capture_output=True, text=True)
-        found[how] = read_log(home / how / "pretrain" / "log.jsonl")[-1]["loss"] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+        said = [l for l in done.stderr.splitlines() if "Error" in l or l.startswith("puma-nb")]
+        loss = read_log(home / how / "pretrain" / "log.jsonl")[-1]["loss"] if done.returncode == 0 else None
+        found[how] = dict(error=said[:3] or done.stderr.strip().splitlines()[-3:]) if loss is None else dict(loss=loss, against_alone=loss / found["alone"]["loss"] if "loss" in found.get("alone", {}) else 1.0)
         print(how, found[how], flush=True)
     return found
 
@@ -125,7 +131,6 @@ def main():
                 except torch.OutOfMemoryError as e: row = dict(pixels=pixels, batch=size, compiled=compiled, channels_last=channels_last, checkpointing=checkpointing, error=str(e).split(".")[0])
                 report["step"].append(row); print(row, flush=True)
                 (out / "gpu.json").write_text(json.dumps(report, indent=1))
-                if device.type == "cuda": torch.cuda.empty_cache()
     if "mllm" in (args.part or PARTS):
         report["mllm"] = []
         for rows, masters in ((2, True), (2, False), (8, False), (32, False)):
@@ -136,7 +141,7 @@ def main():
             (out / "gpu.json").write_text(json.dumps(report, indent=1))
     if "mini" in (args.part or PARTS):
         from puma_nb.instruct import train_system
-        train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", progress=False)
+        train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", resume=True, progress=False, run=Run(ahead=2))  # resume: a second call goes on
         logs = {f.parent.name: read_log(f) for f in (out / "mini").rglob("log.jsonl")}
         report["mini"] = {s: dict(samples_per_second=median([r["samples_per_second"] for r in log]), data_share=median([r["data_share"] for r in log]), memory_gb=log[-1]["memory_gb"]) for s, log in logs.items()}
         print(report["mini"], flush=True); (out / "gpu.json").write_text(json.dumps(report, indent=1))

@@ -7,7 +7,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'demo', 'generate', 'edit', 'ask', 'reconstruc
            'doctor', 'usage', 'main']
 
 # %% ../nbs/07_cli.ipynb #fa45eb51
-import json, os, platform, shutil, sys, warnings
+import json, math, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -179,8 +179,8 @@ def train(
     quiet: store_true = False # No progress bars
 ):
     "Train a system, stage by stage; interrupted runs go on with --resume."
+    if not 0 < stretch < math.inf: raise UserError("--stretch must be positive")
     p = get_preset(preset); p = stretched(p, stretch) if stretch != 1 else p
-    if stretch <= 0: raise UserError("--stretch must be positive")
     if stage != "all" and stage not in STAGES: raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all")
     folder = writable_folder(out)
     names = tuple(STAGES) if stage == "all" else (stage,)
@@ -188,7 +188,7 @@ def train(
     if bool(encoder) != bool(encoder and llama and images and stage == "encoder"): raise UserError("--encoder takes a released encoder: say --stage encoder, --llama and --images, too")
     if encoder and p.stages["encoder"].steps: raise UserError(f"preset {preset} trains its own encoder: leave out --encoder, or take preset base or paper")
     if llama and not encoder and stage == "encoder": raise UserError("--llama comes with --encoder in this stage")
-    if "pretrain" in names and not llama and not p.stages["encoder"].steps: raise UserError(f"preset {preset} begins from a released LLaMA: name it with --llama (with --resume, too)")
+    if stage == "pretrain" and not llama and not p.stages["encoder"].steps and not read_stage(folder, stage): raise UserError(f"preset {preset} begins from a released LLaMA: name it with --llama (with --resume, too)")
     if llama and stage not in ("encoder", "pretrain"): raise UserError("--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)")
     if images and not encoder and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions")
     if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")

@@ -60,6 +60,8 @@ class AutoencoderTask(Task):
 
     def checkpointing(self): self.model.vae.enable_gradient_checkpointing()
 
+    def reads(self): return dict(images=len(self.images), first=fingerprint(self.images[:1]))
+
     def batch(self, positions, step):
         device = next(self.model.parameters()).device
         x = self.images[sample_ids(positions, len(self.images), self.seed)].to(device).float() / 127.5 - 1
@@ -226,6 +228,8 @@ class DecoderTask(Task):
     def checkpointing(self): next(m for m in self.model.modules() if isinstance(m, UNet2DConditionModel)).enable_gradient_checkpointing()
 
     def blocks(self): return [m for m in self.model.modules() if isinstance(m, BasicTransformerBlock)]
+
+    def reads(self): return dict(images=len(self.data), first=fingerprint(self.data.images[:1]))
 
     def batch(self, positions, step):
         d, device, key = self.preset.decoder, next(self.model.parameters()).device, (self.seed, self.name)

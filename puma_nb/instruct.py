@@ -92,6 +92,7 @@ def train_system(
     **options             # stage -> what else it takes, say decoders=dict(parts=(0,))
 ):
     "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
+    if processes() > 1: make_accelerator(device)  # connects the processes, with patience
     for name in stages:
         released = not preset.stages["base" if name == "decoders" else name].steps
         if released and not (name == "encoder" and options.get(name)): raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release" + (": name it with --encoder, the language model with --llama, and pictures for the feature statistics with --images" if name == "encoder" else ", which this version cannot load yet: choose another stage or preset"))

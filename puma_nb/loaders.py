@@ -45,11 +45,18 @@ def rows_of(card: Card, source): # An iterable of dicts
         if name == "imagefolder": return ({"image": str(f)} for f in files)
         if name == "webdataset": return itertools.chain.from_iterable(tar_rows(f) for f in files)
         rows = _table(source, name, files, streaming=True)
-    return _undecoded(rows)
+    return _streamed(_undecoded(rows), source)
+
+def _broken(source, e): # what libraries say of broken files, in a line
+    return UserError(f"{source}: cannot be read ({type(e).__name__}: {(str(e.__cause__ or e).strip().splitlines() or ['no rows?'])[0]})")
 
 def _table(source, name, files, streaming): # parquet or JSON files as one table
     try: return load_dataset(name, data_files=[str(f) for f in files], split="train", streaming=streaming)
-    except Exception as e: raise UserError(f"{source}: cannot be read as {name} ({type(e).__name__}: {str(e.__cause__ or e).strip().splitlines()[0]})") from None
+    except Exception as e: raise _broken(source, e) from None
+
+def _streamed(rows, source): # files are opened as they are read
+    try: yield from rows
+    except Exception as e: raise _broken(source, e) from None
 
 def _from_hub(card, streaming):
     home = card.meta["puma"]["home"]
@@ -324,14 +331,19 @@ def leave_out_duplicates(
     "Compare sets whose cards ask for it, and leave out what an earlier one brings already."
     asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
     todo = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())]
-    about = [[n, str(sets[n].loader.source), sets[n].counts] for n in todo]
-    kept = json.loads(Path(keep).read_text()) if keep and Path(keep).exists() else {}
+    about = [[n, str(sets[n].loader.source), sets[n].counts, sets[n].loader.side] for n in todo]
+    kept = _kept(keep) if keep and Path(keep).exists() else {}
     found = kept["rows"] if kept.get("about") == about else _duplicates({n: sets[n] for n in todo}, progress)
     if keep and todo and kept.get("about") != about: Path(keep).parent.mkdir(parents=True, exist_ok=True); save_json(dict(about=about, rows=found), keep)
     for n, rows in found.items(): sets[n].left_out = {tuple(r) for r in rows}
     return {n: len(rows) for n, rows in found.items()}
 
+def _kept(path): # what an earlier run found; nothing, if the file is broken
+    try: return json.loads(Path(path).read_text())
+    except ValueError: return {}
+
 def _duplicates(sets, progress): # {name: [[shard, row], ...]}
+    for s in sets.values(): s.left_out = set()
     def mark(s, at):
         try: return mark_of(s.read(*at, 0))
         except Skip: return None

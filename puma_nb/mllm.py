@@ -278,6 +278,8 @@ class MLLMTask(Task):
 
     def blocks(self): return list(self.model.language_model.model.layers)
 
+    def reads(self): return {n: dict(samples=len(s), share=self.shares[n]) for n, s in self.sets.items()}
+
     def work(self, b): # tokens that are not padding, room for tokens, and useful operations (chapter 3d has the formula)
         m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
         lengths = b["mask"].sum(-1).double(); tokens, text = int(lengths.sum()), found.pop("text")

@@ -129,6 +129,8 @@ class CardTask(PretrainTask):
         segments = [[{**g, "ids": to_ids(self.tokenizer, g["text"])[:MAX_TEXT]} if g["kind"] == "text" else {**g, "image": g["image"] + int(at)} for g in s["segments"]] for s, at in zip(samples, begin)]
         return segments, FeatureStore(f0, self.store.stats)
 
+    def reads(self): return {n: dict(samples=len(s), share=self.shares[n], source=str(s.loader.source)) for n, s in self.sets.items()}
+
     def report(self): return {n: s.loader.report() for n, s in self.sets.items()}
 
 # %% ../nbs/04_pretrain.ipynb #f248f8fa

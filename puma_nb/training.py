@@ -45,6 +45,7 @@ class Task:
     def batch(self, positions, step): "-> dict of tensors: a function of its arguments and nothing else"
     def counts(self, batch): "-> term -> number of things that its sum runs over"
     def losses(self, model, batch, step): "-> term -> sum, in float32; terms without a weight are logged only"
+    def reads(self): return {} # what its samples come from, as JSON: a run is not resumed on something else
     def choose(self, positions, step): return positions  # a step may use fewer of its positions (long sequences)
     def groups(self, stage): # parameter groups for AdamW
         return [dict(params=[p for p in self.model.parameters() if p.requires_grad], lr=stage.lr)]
@@ -72,6 +73,7 @@ def _renamed(path):
     "A temporary name that jobs side by side do not share; renamed when all went well."
     path = Path(path); tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try: yield tmp; os.replace(tmp, path)
+    except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     finally: tmp.unlink(missing_ok=True)
 
 def save_tensors(tensors: dict, path): # safetensors wants contiguous tensors that share no memory
@@ -107,7 +109,7 @@ def cached(
         except (SafetensorError, KeyError): print(f"{path} cannot be read: computed anew")
     x = build()
     try: save_tensors(dict(x=x), path)
-    except (OSError, SafetensorError) as err: print(f"{path} cannot be written ({str(err).splitlines()[0]}): going on without a cache")
+    except (OSError, SafetensorError, UserError) as err: print(f"{path} cannot be written ({str(err).splitlines()[0]}): going on without a cache")
     return x
 
 # %% ../nbs/00c_training.ipynb #19a122db
@@ -135,7 +137,7 @@ def save_checkpoint(folder, step, held, ema, state, keep: int = 2): # held: what
         torch.save(moments, tmp / "optimizer.pt")
         if ema: save_tensors(shadow, tmp / "ema.safetensors")
         (tmp / "state.json").write_text(json.dumps(dict(step=step, ema_step=ema.optimization_step if ema else 0, **state)))
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError, UserError) as e:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; the last good one is untouched") from None
     shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
@@ -147,16 +149,18 @@ def checkpoints(folder): # Oldest first
 
 def same_settings(where, before: dict, now: dict): # both None, where nobody asks
     "Refuse to go on with other data or another state than a run began with; say what else has changed."
-    changed = {k: f"{k} {v} instead of {before.get(k)}" for k, v in (now or {}).items() if before and before.get(k) != v}
-    if wrong := [v for k, v in changed.items() if k in ("seed", "batch", "ema")]: raise UserError(f"{where} was begun otherwise: {', '.join(wrong)}; resume as it was begun, or choose another folder")
+    changed = {k: f"{k} {v} instead of {before[k]}" for k, v in (now or {}).items() if before and k in before and before[k] != v}
+    if wrong := [v for k, v in changed.items() if k in ("seed", "batch", "ema", "data")]: raise UserError(f"{where} was begun otherwise: {', '.join(wrong)}; resume as it was begun, or choose another folder")
     if changed and is_main(): print(f"going on with {', '.join(changed.values())}", flush=True)
 
 def _read_checkpoint(path, ema, settings): # (state, weights, moments, averages)
     state = json.loads((path / "state.json").read_text()); same_settings(path, state.get("settings"), settings)
+    if bool(ema) != (path / "ema.safetensors").exists(): raise UserError(f"{path} was begun {'without' if ema else 'with'} averaged weights; resume as it was begun, or choose another folder")
     return state, load_file(path / "model.safetensors"), torch.load(path / "optimizer.pt", weights_only=True), load_file(path / "ema.safetensors") if ema else {}
 
 def load_checkpoint(folder, model, optimizer, ema, settings: dict = None): # The state, or None if there is no checkpoint
     "Load the newest readable checkpoint."
+    if (Path(folder) / "latest").exists(): raise UserError(f"{folder} holds DeepSpeed's checkpoints: go on as the run was begun, with zero3.yaml")
     for path in reversed(checkpoints(folder)):
         try: state, weights, moments, shadow = _read_checkpoint(path, ema, settings)
         except UserError: raise
@@ -228,7 +232,7 @@ def end_processes():
 def make_accelerator(device: str = None, bf16: bool = True):
     "An accelerator: bf16 where it pays. A notebook may ask for another precision or device than before, hence the reset."
     dev = pick_device(device)
-    AcceleratorState._reset_state(processes() == 1)
+    AcceleratorState._reset_state(True)  # processes stay connected
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while the first process evaluates
     return Accelerator(cpu=dev.type == "cpu", mixed_precision="bf16" if bf16 and has_bf16(dev) else "no", kwargs_handlers=[patience])
 
@@ -396,10 +400,19 @@ def _prepare(task, stage, accelerator, folder, resume, run, settings): # (losses
     else: losses, optimizer = accelerator.prepare(losses, optimizer)
     ema = EMAModel([p for p in task.model.parameters() if p.requires_grad], decay=stage.ema) if stage.ema else None
     state = None
-    if folder and resume and accelerator.state.deepspeed_plugin:
-        if (folder / "latest").exists(): state = losses.load_checkpoint(str(folder))[1]; same_settings(folder, state["settings"], settings)
-    elif folder and resume: state = load_checkpoint(folder, task.model, optimizer.optimizer, ema, settings)
+    if folder and resume: state = _load_parts(folder, losses, settings) if accelerator.state.deepspeed_plugin else load_checkpoint(folder, task.model, optimizer.optimizer, ema, settings)
+    for g in optimizer.param_groups: g["weight_decay"] = stage.weight_decay  # a checkpoint brings its own
+    if state and state["step"] > stage.steps: raise UserError(f"{folder} is at step {state['step']}, beyond the {stage.steps} of this run: give it as many as before, or choose another folder")
     return losses, optimizer, ema, state or dict(step=0, running={}, watch=dict(mean=0.0, n=0, row=0))
+
+def _load_parts(folder, losses, settings): # DeepSpeed's checkpoint; None if there is none
+    if not (folder / "latest").exists():
+        if checkpoints(folder): raise UserError(f"{folder} holds whole checkpoints: go on as the run was begun, without zero3.yaml")
+        return None
+    try: state = losses.load_checkpoint(str(folder))[1]
+    except Exception as e: raise UserError(f"{folder} cannot be read by DeepSpeed ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}); it wants as many processes as before") from None
+    same_settings(folder, state.get("settings"), settings)
+    return state
 
 def _board(out, step): # A TensorBoard writer
     try: from torch.utils.tensorboard import SummaryWriter
@@ -420,7 +433,7 @@ class Session:
         self.aside = copy.deepcopy(task.model).cpu() if self.main and divides(a, run) else None
         self.folder = self.out and self.out / "checkpoints"
         if self.folder and not resume and checkpoints(self.folder): raise UserError(f"{self.out} holds checkpoints of a run that has not ended: go on with --resume, or choose another folder")
-        self.settings = dict(seed=seed, **{k: v for k, v in asdict(stage).items() if k not in ("checkpointing", "compile")})
+        self.settings = dict(seed=seed, data=task.reads(), **{k: v for k, v in asdict(stage).items() if k not in ("checkpointing", "compile")})
         self.losses, self.optimizer, self.ema, state = _prepare(task, stage, a, self.folder, resume, run, self.settings)
         self.begun, self.watch, self.sharded = state["step"], state["watch"], is_sharded(task.model)
         self.params, self.peaks = [p for p in task.model.parameters() if p.requires_grad], [g["lr"] for g in task.groups(stage)]
@@ -458,11 +471,11 @@ def refuse(self: Session, step, micro, terms, norm):
     if math.isfinite(norm) and mean: what += f", {norm / mean:.0f} times its running mean"
     if self.out:
         try: what += f"; its batch is in {dump_step(self.out, self.name, self.seed, step, micro, terms, norm)}"
-        except (OSError, RuntimeError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
+        except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
     if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: lower the learning rate and go on from the last checkpoint with --resume")
     if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: lower the learning rate, or delete the newest checkpoint and resume from the one before")
     if self.run.bad_step == "skip": return self.main and print(what + ": skipped", flush=True)
-    self.watch["row"] = 0; self.save(step)
+    self.watch["row"] = 0; self.save(step); self.accelerator.wait_for_everyone()  # who leaves first ends the others, the one that writes too
     raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
 
 @patch
@@ -521,7 +534,7 @@ def fit(
             if (done % log_every == 0 or last) and s.log.running: bar.set_postfix(loss=f"{s.row(done):.4f}")
             if done % run.save_every == 0 or stop or last: s.save(done)
             if sample_every and done % sample_every == 0: s.look(done)
-            if stop: raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
+            if stop: s.accelerator.wait_for_everyone(); raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
     finally: undo(); bar.close(); s.batches.close()
     return s.finish()
 

@@ -25,11 +25,12 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
 def fsdp2_on_cpu(device=None, bf16=True):  # accelerate divides models on GPUs only: tell it that these processes count
-    a = make_accelerator(device, bf16); a.state.distributed_type, a.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    a = make_accelerator(device, bf16); assert "FSDP" not in str(a.distributed_type)  # what was said below does not last
+    a.state.fsdp_plugin, a.state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does
     return a
 def zero3_on_cpu(device=None, bf16=True):  # the same for DeepSpeed, which must also be told that the connections are there
     import deepspeed
-    if PartialState._shared_state: PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     a, plugin = make_accelerator(device, bf16), DeepSpeedPlugin()
     deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     plugin.set_mixed_precision("no"); a.state.deepspeed_plugins = plugin; plugin.select(_from_accelerator_state=True)

@@ -109,7 +109,7 @@ def divided(out, smoke):
         done = subprocess.run([*start, "-m", "puma_nb.cli", *train, "--stage", "pretrain", "--stretch", "50", "--out", str(home / how)], capture_output=True, text=True)
         said = [l for l in done.stderr.splitlines() if "Error" in l or l.startswith("puma-nb")]
         loss = read_log(home / how / "pretrain" / "log.jsonl")[-1]["loss"] if done.returncode == 0 else None
-        found[how] = dict(error=said[:3] or done.stderr.strip().splitlines()[-3:]) if loss is None else dict(loss=loss, against_alone=loss / found["alone"]["loss"] if "loss" in found.get("alone", {}) else 1.0)
+        found[how] = dict(error=said[:3] or done.stderr.strip().splitlines()[-3:]) if loss is None else dict(loss=loss, against_alone=loss / found["alone"]["loss"] if "loss" in found.get("alone", {}) else None)
         print(how, found[how], flush=True)
     return found
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 from .core import *
@@ -223,11 +223,13 @@ def train_tokenizer(
         rows = [s for b in ("t2i", "caption", "edit", "condition") for s in world_samples(b, 400)] + world_samples("question", 800, kinds=QUESTIONS)
         texts = [g["text"] for s in rows for g in s["segments"] if g["kind"] == "text" and g["text"] != SYSTEM] + 40 * [SYSTEM]  # one sentence must not take all merges
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    core.train_from_iterator([t.lower() for t in texts], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return add_puma_tokens(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
 
-def to_ids(tokenizer, t: str): return tokenizer(t.lower(), add_special_tokens=False)["input_ids"]
+def to_ids(tokenizer, t: str): # List of ids
+    "The numbers of a text; special tokens that someone wrote into it stay mere letters."
+    return tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 # %% ../nbs/00b_data.ipynb #a0464ebe
 @lru_cache(maxsize=16)

@@ -470,7 +470,7 @@ def refuse(self: Session, step, micro, terms, norm):
     mean, what = self.watch["mean"], f"{self.name}: the gradient's norm is {norm:.4g} at step {step}"
     if math.isfinite(norm) and mean: what += f", {norm / mean:.0f} times its running mean"
     if self.out:
-        try: what += f"; its batch is in {dump_step(self.out, self.name, self.seed, step, micro, terms, norm)}"
+        try: what += f"; its batch is kept beside the log as {dump_step(self.out, self.name, self.seed, step, micro, terms, norm).relative_to(self.out)}"
         except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
     if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: lower the learning rate and go on from the last checkpoint with --resume")
     if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: lower the learning rate, or delete the newest checkpoint and resume from the one before")

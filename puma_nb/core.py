@@ -122,10 +122,11 @@ class MLLMPreset:
     feature_noise: tuple    # largest noise on the features that are fed in while training, f0..f4
     depth_shares: tuple     # share of batches whose pyramids stop at f0..f4
     tune_depth_shares: tuple # the same in instruction tuning
-    thin: int               # a step whose images are longer than this many tokens takes fewer sequences, for about as many tokens; 0: never
+    thin: int               # images of twice this many tokens come with half the sequences, and so on; 0: never
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
 
+# %% ../nbs/00_core.ipynb #3e20c9f2
 @dataclass(frozen=True)
 class StagePreset:
     "How one stage trains."
@@ -193,7 +194,7 @@ _NANO = {
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"), tied=(False, "LLaMA-3 8B"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: 1, 8, 64, 512, 1024 in A.2.1"), reduction=("mean", "ours: one mean a scale"),
         first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(128, "ours: a step of tuning took 0.18 s instead of 0.21 s"),
-        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: steps of all depths take about as long"),
+        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: no step has many more tokens than one that stops at f2"),
         read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores")),
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
@@ -367,6 +368,7 @@ def writable_folder(path): # A `Path`
     except OSError as e: raise UserError(f"cannot write to {path}: {e.strerror or e}") from None
     return Path(path)
 
+# %% ../nbs/00_core.ipynb #49238253
 def to_pil(image): # 3 x H x W in 0..1
     "A tensor as a PIL image."
     return Image.fromarray((image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -47,6 +47,7 @@ def rows_of(card: Card, source): # An iterable of dicts
         rows = _table(source, name, files, streaming=True)
     return _streamed(_undecoded(rows), source)
 
+# %% ../nbs/00f_loaders.ipynb #d70134c5
 def _broken(source, e): # what libraries say of broken files, in a line
     return UserError(f"{source}: cannot be read ({type(e).__name__}: {(str(e.__cause__ or e).strip().splitlines() or ['no rows?'])[0]})")
 

@@ -146,6 +146,7 @@ class PumaConfig(PreTrainedConfig):
         self.head, self.first_scale, self.slot_table = head, first_scale, slot_table
         super().__init__(**kwargs)
 
+# %% ../nbs/03_mllm.ipynb #c7ee01b8
 class RegressionHead(nn.Linear):
     "The paper's out-projector: a linear map, trained with the squared error (Eq. 2)."
     def error(self, hidden, target, noise=None): return ((self(hidden).float() - target.float()) ** 2).mean(-1)  # N x width, N x C -> N, mean over channels in float32

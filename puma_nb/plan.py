@@ -139,7 +139,7 @@ def show_plan(p): # Text
     out += [f"{'all':9} {'':13} {'':11} {sum(r['total_flop'] for r in p['stages']):9.2g} {sum(r['days'] for r in p['stages']):9.3g}", "", "memory of the language model's training step, GB on each device:"]
     out += [f"  {k:44} states {v['states']:8.2f}  gradients {v['gradients']:6.2f}  copies {v['copies']:6.2f}  activations {v['activations']:7.2f}  logits {v['logits']:5.2f}   {'fits' if p['fits'][k] else 'does not fit'}" for k, v in p["memory"].items()]
     out += ["", f"generation: at best {1000 * p['seconds_per_token']:.3g} ms a token (an image token reads all weights but those of the words), {341 * p['seconds_per_token']:.3g} s for 341 image tokens"]
-    if not p["bf16"]: out += ["this GPU has no bfloat16: puma-nb would train in float32 there, far from this peak; the paper must have used float16 with loss scaling"]
+    if not p["bf16"]: out += ["this GPU has no bfloat16: puma-nb would train in float32 there, far from this peak"]
     return "\n".join(out)
 
 # %% ../nbs/03d_plan.ipynb #bc341635

@@ -110,13 +110,12 @@ def card_sets(
         role = next((s for s in cards[name].stage if s.startswith(stage)), None)
         if role is None: raise UserError(f"{name} is not for stage {stage}; its stages: {', '.join(cards[name].stage)}")
         sets[name], shares[name] = CardSet(cards[name], source, role, side, seed, **kwargs), cards[name].meta["puma"]["weight"][role]["share"]
-    wait = lambda: make_accelerator(device).wait_for_everyone() if processes() > 1 and keep else None
-    if not is_main(): wait()  # for the file
-    for name, n in leave_out_duplicates(sets, is_main(), keep).items():
+    with make_accelerator(device).main_process_first(): found = leave_out_duplicates(sets, is_main(), keep)  # the others read what it keeps
+    for name, n in found.items():
         if is_main(): print(f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, and are left out", flush=True)
-    if is_main(): wait()
     return sets, shares
 
+# %% ../nbs/04_pretrain.ipynb #5c2af8e6
 DECODERS = ThreadPoolExecutor(4)  # threads that open pictures; PIL lets others work meanwhile
 
 class CardTask(PretrainTask):
@@ -174,6 +173,7 @@ def take_released(
     add_puma_tokens(theirs).save_pretrained(out / "tokenizer")
     finish_stage(out, "encoder", preset.stages["encoder"], {}, seconds=round(time.time() - begun), taken_from=str(encoder), pictures=len(pictures), left_out=left_out)
 
+# %% ../nbs/04_pretrain.ipynb #4e8aa6a5
 def start_mllm(preset, tokenizer, stats, llama=None): # A model with random weights, or around a released LLaMA
     "The language model at the beginning of pretraining."
     if llama is None: return build_mllm(preset, tokenizer, stats)

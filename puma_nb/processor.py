@@ -41,6 +41,7 @@ class PumaProcessor(ProcessorMixin):
         if images: b["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return BatchFeature(b)
 
+# %% ../nbs/03a_processor.ipynb #95e84751
 def build_processor(preset: Preset, tokenizer): # A `PumaProcessor`
     "A processor for a preset's encoder: squash to its side, bilinear ([code])."
     side = dict(height=preset.encoder.image_size, width=preset.encoder.image_size)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_tensors', 'save_json', 'fingerprint', 'cached',
-           'gathered', 'is_sharded', 'run_state', 'save_checkpoint', 'checkpoints', 'same_settings', 'load_checkpoint',
-           'Losses', 'micro_batches', 'train_step', 'Interrupted', 'processes', 'is_main', 'end_processes',
-           'make_accelerator', 'Log', 'save_rows', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step', 'replay',
-           'term_norms', 'divides', 'Session', 'fit', 'accelerate_config', 'matmul_ceiling', 'step_flops',
+           'gathered', 'is_sharded', 'run_state', 'save_checkpoint', 'checkpoints', 'drop_old', 'same_settings',
+           'load_checkpoint', 'Losses', 'micro_batches', 'train_step', 'Interrupted', 'processes', 'is_main',
+           'end_processes', 'make_accelerator', 'Log', 'save_rows', 'read_log', 'Run', 'Batches', 'is_bad', 'dump_step',
+           'replay', 'term_norms', 'divides', 'Session', 'fit', 'accelerate_config', 'matmul_ceiling', 'step_flops',
            'speed_report', 'read_stage', 'finish_stage', 'stretched', 'switched_on', 'plot_log', 'windowed',
            'loss_bands', 'is_normal', 'plot_bands']
 
@@ -141,12 +141,17 @@ def save_checkpoint(folder, step, held, ema, state, keep: int = 2): # held: what
         shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; the last good one is untouched") from None
     shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
-    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
+    drop_old(folder, keep)
 
 def checkpoints(folder): # Oldest first
     "The finished checkpoints of a stage."
     return sorted(p for p in Path(folder).glob("step_*") if not p.name.endswith(".tmp"))
 
+def drop_old(folder, keep: int = 2):
+    "Delete all checkpoints but the last ones."
+    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
+
+# %% ../nbs/00c_training.ipynb #1622edd6
 def same_settings(where, before: dict, now: dict): # both None, where nobody asks
     "Refuse to go on with other data or another state than a run began with; say what else has changed."
     changed = {k: f"{k} {v} instead of {before[k]}" for k, v in (now or {}).items() if before and k in before and before[k] != v}
@@ -275,6 +280,7 @@ class Log:
         "Numbers of a step for TensorBoard."
         if self.board: [self.board.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"]
 
+# %% ../nbs/00c_training.ipynb #edb1543b
 def save_rows(rows, path):
     "Write a log under a temporary name, then rename."
     with _renamed(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -375,6 +381,7 @@ def _tell_fsdp(plugin, task, run): # its file cannot know the stage's model
     plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in task.blocks()})
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
+# %% ../nbs/00c_training.ipynb #fc08d63f
 def divides(accelerator, run): # Whether each process holds a part of the model only
     return run.shard or accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin is not None
 
@@ -392,6 +399,7 @@ def _place(task, stage, accelerator, run): # `Losses`, ready for the optimiser
         for part in (*task.blocks(), losses): fully_shard(part)
     return losses
 
+# %% ../nbs/00c_training.ipynb #93af13a7
 def _prepare(task, stage, accelerator, folder, resume, run, settings): # (losses, optimizer, ema, state)
     "Everything that a run carries from step to step."
     losses = _place(task, stage, accelerator, run)
@@ -474,7 +482,9 @@ def refuse(self: Session, step, micro, terms, norm):
         except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
     if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: lower the learning rate and go on from the last checkpoint with --resume")
     if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: lower the learning rate, or delete the newest checkpoint and resume from the one before")
-    if self.run.bad_step == "skip": return self.main and print(what + ": skipped", flush=True)
+    if self.run.bad_step == "skip":
+        if self.main: print(what + ": skipped", flush=True)
+        return
     self.watch["row"] = 0; self.save(step); self.accelerator.wait_for_everyone()  # who leaves first ends the others, the one that writes too
     raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
 
@@ -485,10 +495,12 @@ def save(self: Session, done):
     if not self.out or not (self.main or self.sharded or self.zero): return
     if self.zero:
         self.losses.save_checkpoint(str(self.folder), f"step_{done:07d}", dict(step=done, **state))
-        return [shutil.rmtree(old) for old in checkpoints(self.folder)[:-2]] if self.main else None
+        if self.main: drop_old(self.folder)
+        return
     held = run_state(self.task.model, self.optimizer.optimizer, self.ema)
     if self.main: save_checkpoint(self.folder, done, held, self.ema, state)
 
+# %% ../nbs/00c_training.ipynb #327d399f
 @patch
 def look(self: Session, done):
     "Draw samples and measure on validation data while training goes on: the first process, if it has the whole model."

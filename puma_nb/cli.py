@@ -7,7 +7,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'demo', 'generate', 'edit', 'ask', 'reconstruc
            'doctor', 'usage', 'main']
 
 # %% ../nbs/07_cli.ipynb #fa45eb51
-import json, math, os, platform, shutil, sys, warnings
+import errno, json, math, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 import torch
@@ -151,6 +151,26 @@ def reconstruct(
     _numbers(json, dict(image=image, rows=rows, lpips=lpips_net()[1]))
 
 # %% ../nbs/07_cli.ipynb #5be2b423
+def _refuse(rules: dict): # {what to say: whether it holds}
+    "Stop with the first sentence that holds."
+    if said := next((sentence for sentence, holds in rules.items() if holds), None): raise UserError(said)
+
+def _train_rules(p, stage, parts, images, encoder, llama, data, begun): # begun: whether the stage has a checkpoint to go on from
+    "What `train` refuses, as for `_refuse`."
+    released = p.stages["encoder"].steps == 0  # base and paper begin from released models
+    return {
+        f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all": stage not in (*STAGES, "all"),
+        "--parts is for --stage decoders": parts != "all" and stage != "decoders",
+        "--encoder takes a released encoder: say --stage encoder, --llama and --images, too": encoder and not (llama and images and stage == "encoder"),
+        f"preset {p.name} trains its own encoder: leave out --encoder, or take preset base or paper": encoder and not released,
+        "--llama comes with --encoder in this stage": llama and not encoder and stage == "encoder",
+        f"preset {p.name} begins from a released LLaMA: name it with --llama (with --resume, too)": stage == "pretrain" and released and not llama and not begun,
+        "--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)": llama and stage not in ("encoder", "pretrain"),
+        "--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions": images and not encoder and stage not in ("autoencoder", "decoders"),
+        "--data is for --stage pretrain or instruct": data and stage not in ("pretrain", "instruct"),
+    }
+
+# %% ../nbs/07_cli.ipynb #b7fa6265
 def train(
     preset: str = "nano",   # Size of the system
     stage: str = "all",     # encoder, autoencoder, decoders, pretrain, instruct, or all
@@ -181,17 +201,8 @@ def train(
     "Train a system, stage by stage; interrupted runs go on with --resume."
     if not 0 < stretch < math.inf: raise UserError("--stretch must be positive")
     p = get_preset(preset); p = stretched(p, stretch) if stretch != 1 else p
-    if stage != "all" and stage not in STAGES: raise UserError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all")
-    folder = writable_folder(out)
-    names = tuple(STAGES) if stage == "all" else (stage,)
-    if parts != "all" and stage != "decoders": raise UserError("--parts is for --stage decoders")
-    if bool(encoder) != bool(encoder and llama and images and stage == "encoder"): raise UserError("--encoder takes a released encoder: say --stage encoder, --llama and --images, too")
-    if encoder and p.stages["encoder"].steps: raise UserError(f"preset {preset} trains its own encoder: leave out --encoder, or take preset base or paper")
-    if llama and not encoder and stage == "encoder": raise UserError("--llama comes with --encoder in this stage")
-    if stage == "pretrain" and not llama and not p.stages["encoder"].steps and not read_stage(folder, stage): raise UserError(f"preset {preset} begins from a released LLaMA: name it with --llama (with --resume, too)")
-    if llama and stage not in ("encoder", "pretrain"): raise UserError("--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)")
-    if images and not encoder and stage not in ("autoencoder", "decoders"): raise UserError("--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions")
-    if data and stage not in ("pretrain", "instruct"): raise UserError("--data is for --stage pretrain or instruct")
+    _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, stage in STAGES and read_stage(Path(out), stage)))
+    folder, names = writable_folder(out), tuple(STAGES) if stage == "all" else (stage,)
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
     how = Run(accumulate, (2 if data or pick_device(device).type == "cuda" else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
@@ -217,18 +228,21 @@ def evaluate(
     json: str = None       # File for the numbers
 ):
     "A table of the paper, or the world's scores, beside the paper's figures."
-    if prompts:
-        if not images: raise UserError("--prompts needs --images: the pictures that were made from them")
-        results = [score_files(images, prompts)]
-    elif (lpips != "random" or resize != "squash") and table not in ("1", "all"): raise UserError("--lpips and --resize are for --table 1")
-    elif resize != "squash" and not images: raise UserError("--resize needs --images: the world's scenes are square")
-    elif images and table != "1": raise UserError("--images goes with --table 1, or with --prompts")
+    asked = [] if prompts else list(TABLES) if table == "all" else [table]
+    _refuse({
+        "--prompts needs --images: the pictures that were made from them": prompts and not images,
+        f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all": table in ("2", "3", "4", "5"),
+        f"unknown table {table!r}: choose one of {', '.join(TABLES)}, all": table not in (*TABLES, "all"),
+        "--lpips and --resize are for --table 1": (lpips != "random" or resize != "squash") and "1" not in asked,
+        "--resize needs --images: the world's scenes are square": resize != "squash" and not images,
+        "--images goes with --table 1, or with --prompts": images and not prompts and table != "1",
+        "--n must be at least 1": n < 1,
+        f"unknown stage {stage!r}: choose pretrain or instruct": stage not in (None, "pretrain", "instruct"),
+    })
+    if prompts: results = [score_files(images, prompts)]
     else:
-        if table in ("2", "3", "4", "5"): raise UserError(f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all")
-        if table != "all" and table not in TABLES: raise UserError(f"unknown table {table!r}: choose one of {', '.join(TABLES)}, all")
-        if n < 1: raise UserError("--n must be at least 1")
-        if stage not in (None, "pretrain", "instruct"): raise UserError(f"unknown stage {stage!r}: choose pretrain or instruct")
-        puma = Puma(model, stage=stage); results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize, trunk=lpips) if t == "1" else {})) for t in (TABLES if table == "all" else (table,))]
+        puma = Puma(model, stage=stage)
+        results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize, trunk=lpips) if t == "1" else {})) for t in asked]
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
 
@@ -297,6 +311,9 @@ def main(argv=None): # Exit code
         command(**{k: v for k, v in options.items() if k not in ("pdb", "xtra")})
         return 0
     except UserError as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
+        print(f"puma-nb {argv[0]}: {e.filename or 'a file'}: {e.strerror}", file=sys.stderr); return 2
     except Interrupted as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 130
     except KeyboardInterrupt: print(f"\npuma-nb {argv[0]}: interrupted", file=sys.stderr); return 130
 

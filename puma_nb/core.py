@@ -6,8 +6,8 @@
 __all__ = ['GRID', 'SCALES', 'COARSE_TO_FINE', 'SIDES', 'TOKENS', 'REDUCTIONS', 'PRESETS', 'MAX_PIXELS', 'RESIZES',
            'tokens_until', 'UserError', 'parse_scale', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset',
            'DecoderPreset', 'MLLMPreset', 'StagePreset', 'Preset', 'make_preset', 'get_preset', 'seed_of', 'np_rng',
-           'torch_rng', 'noise_for', 'pick_device', 'has_bf16', 'autocast', 'memory_format', 'quietly', 'budget',
-           'load_image', 'writable_folder', 'to_pil', 'save_image', 'show_images', 'package_dir']
+           'torch_rng', 'noise_for', 'pick_device', 'has_bf16', 'autocast', 'memory_format', 'reading', 'quietly',
+           'budget', 'load_image', 'writable_folder', 'to_pil', 'save_image', 'show_images', 'package_dir']
 
 # %% ../nbs/00_core.ipynb #0bfffd3f
 import hashlib, os
@@ -230,11 +230,12 @@ _MINI = {
 
 # %% ../nbs/00_core.ipynb #ce0b218d
 _CLIP, _SDXL, _LLAMA = "CLIP-L/14 (4.1)", "SDXL (4.1)", "LLaMA-3 8B (4.1)"
-def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "the paper names one rate")):
+def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "the paper names one rate; 0: as lr")):
     return dict(steps=(steps, source), batch=(batch, source), lr=(lr, source), warmup=(warmup, source if warmup else "the paper names none"), schedule=(schedule, source), clip=clip,
                 weight_decay=(0.01, "ours: the optimiser's default"), ema=(0.0, "ours: the paper mentions none"), lr_projector=lr_projector,
                 checkpointing=(True, "ours: the paper does not say"), compile=(False, "ours: the paper does not say"))
-_RELEASED = _long(0, 1024, 8e-5, 0, "taken from its release", "linear", (1.0, "taken from its release"))
+_NO_STEP = "ours: not used, no step is taken"
+_RELEASED = {**_long(0, 1024, 8e-5, 0, _NO_STEP, "linear", (1.0, _NO_STEP)), "steps": (0, "as released (4.1)")}
 _PAPER = {
     "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), pairs=(12000, "ours"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
     "encoder": dict(image_size=(224, "4.1"), patch_size=(14, _CLIP), hidden_size=(1024, _CLIP), layers=(24, _CLIP), heads=(16, _CLIP), mlp_size=(4096, _CLIP), projection_size=(768, _CLIP)),
@@ -256,7 +257,7 @@ _PAPER = {
 _LLAMA1B, _DAY = "LLaMA-3.2-1B", "ours: meant for a day on eight GPUs; not run"
 _BASE = {
     "mllm": dict(hidden_size=(2048, _LLAMA1B), layers=(16, _LLAMA1B), heads=(32, _LLAMA1B), kv_heads=(8, _LLAMA1B), mlp_size=(8192, _LLAMA1B), tied=(True, _LLAMA1B)),
-    **{f"stage.f{i}": dict(steps=(0, "the released decoders")) for i in SCALES},
+    **{f"stage.f{i}": dict(steps=(0, "ours: takes the released decoders")) for i in SCALES},
     "stage.pretrain": dict(steps=(20000, _DAY), batch=(512, _DAY)),
     "stage.instruct": dict(steps=(5000, _DAY), batch=(512, _DAY)),
 }
@@ -296,7 +297,8 @@ def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best 
     if name:
         try: torch.empty(0, device=name)
         except (RuntimeError, AssertionError): raise UserError(f"device {name!r} is not there: choose cpu, cuda or mps, as this machine has it") from None
-        if (d := torch.device(name)).type != "cuda": return d
+        if (d := torch.device(name)).type not in ("cpu", "cuda", "mps"): raise UserError(f"unknown device {name!r}: choose cpu, cuda or mps")
+        if d.type != "cuda": return d
         if d.index is not None: torch.cuda.set_device(d)
     if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))  # each process its own
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -305,7 +307,7 @@ def has_bf16(device="cpu"):
     "Whether bfloat16 is worth using on this device."
     kind = torch.device(device).type
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "cpu": return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if kind == "cpu": return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # some builds, such as macOS's, are without
     return False
 
 def autocast(device="cpu", enabled: bool = True):
@@ -318,6 +320,13 @@ def memory_format(device="cpu"):
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
 # %% ../nbs/00_core.ipynb #04ca93e0
+@contextmanager
+def reading(place, what: str): # what lies there, for the message
+    "One clear line for files that are missing or broken, whatever library reads them."
+    try: yield
+    except UserError: raise
+    except Exception as e: raise UserError(f"{place}: the {what} there cannot be read ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})") from None
+
 @contextmanager
 def quietly():
     "Silence the libraries' loading bars; errors still come through."
@@ -351,7 +360,9 @@ def load_image(
         if im.width * im.height > MAX_PIXELS: raise UserError(f"{path}: too large ({im.width}x{im.height} pixels, at most {MAX_PIXELS:,} in all)")
         if min(im.size) < min_side: raise UserError(f"{path}: too small ({im.width}x{im.height} pixels, at least {min_side} wanted)")
         im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if im.mode == "F" or im.mode.startswith("I"):  # scientific pictures: 16 bit, whole numbers, or floats in 0..1
+            x = np.asarray(im).astype(np.float32); most = x.max()
+            im = Image.fromarray((x * (255 if im.mode == "F" and most <= 1 else 1 / 257 if im.mode.startswith("I;16") or most > 255 else 1)).clip(0, 255).astype(np.uint8))
         if "A" in im.getbands() or "transparency" in im.info:
             im = im.convert("RGBA"); im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         im = im.convert("RGB")

@@ -166,7 +166,7 @@ class _Rows:
     "The images of a `datasets` column, read when they are asked for."
     def __init__(self, rows, column): self.rows, self.column = rows.select_columns(column).cast_column(column, ImageFeature(decode=False)), column
     def __len__(self): return len(self.rows)
-    def __getitem__(self, k): v = self.rows[int(k)][self.column]; return io.BytesIO(v["bytes"]) if v["bytes"] else v["path"]
+    def __getitem__(self, k): v = self.rows[int(k)][self.column] or dict(bytes=None, path=None); return io.BytesIO(v["bytes"]) if v["bytes"] else v["path"]
 
 def image_files(source): # A sequence of what `load_image` reads
     "The pictures of a folder, of a saved dataset, or of `hf:NAME:SPLIT`."

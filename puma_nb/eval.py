@@ -119,7 +119,7 @@ def score_files(
     files = sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")), key=natural) if Path(folder).is_dir() else []
     if not files: raise UserError(f"{folder}: no images there")
     if not Path(prompts).is_file(): raise UserError(f"{prompts}: no such file")
-    lines = [l.strip() for l in Path(prompts).read_text().splitlines() if l.strip()]
+    with reading(prompts, "text"): lines = [l.strip() for l in Path(prompts).read_text(encoding="utf-8").splitlines() if l.strip()]
     if len(lines) != len(files): raise UserError(f"{len(files)} images but {len(lines)} prompts: one line for each image is needed")
     asked = [parse_caption(l) for l in lines]
     if bad := [l for l, s in zip(lines, asked) if s.ground not in GROUNDS or len(s.things) != l.count(" at the ") or not s.things]: raise UserError(f"cannot read the prompt {bad[0]!r}; write it like: {caption(sample_scene(0, 0))}")

@@ -6,7 +6,7 @@
 __all__ = ['SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'order_tokens', 'slots', 'Sequence', 'build_sequence', 'FeatureStore',
            'pad_sequences', 'add_features', 'collate', 'pack', 'additive', 'PumaConfig', 'RegressionHead',
            'PumaForConditionalGeneration', 'image_ids', 'build_mllm', 'targets', 'text_loss', 'loss_terms',
-           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'prepare_samples', 'Reading', 'write',
+           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'prepare_samples', 'Reading', 'Row', 'write',
            'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
@@ -283,7 +283,7 @@ class MLLMTask(Task):
 
     def work(self, b): # tokens that are not padding, room for tokens, and useful operations (chapter 3d has the formula)
         m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
-        lengths = b["mask"].sum(-1).double(); tokens, text = int(lengths.sum()), found.pop("text")
+        lengths = b["mask"].sum(-1).cpu().double(); tokens, text = int(lengths.sum()), found.pop("text")
         layers = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.language_model.model.layers.parameters())  # DeepSpeed leaves empty tensors behind
         attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
         ends = 2 * m.hidden_size * (text * m.vocab_size + 2 * sum(found.values()) * b["features"].shape[-1])
@@ -359,11 +359,28 @@ class Reading:
         if self.padded and not self.fixed: self.mask = F.pad(self.mask, (0, 1), value=1)
 
 # %% ../nbs/03_mllm.ipynb #7415f7b8
+class Row:
+    "What one row of a batch has written, and where it stands."
+    def __init__(self, painting: bool):
+        self.at = 0 if painting else -1                       # image tokens written so far; -1: it writes words
+        self.pieces, self.words, self.opened, self.done = [{}] if painting else [], 0, 0, False
+
+    def take(self, id, n, boi, eos, go_on, max_words): # n: tokens of an image
+        "Note what was just written, words or a token of an image."
+        if self.at == n: self.at = -1                         # [/IMG]: words again
+        elif self.at >= 0: self.at += 1; self.done = self.at == n and not go_on
+        elif id == eos or self.words == max_words: self.done = True
+        elif id == boi: self.at, self.opened = 0, self.opened + 1; self.pieces.append({})
+        else:
+            if not self.pieces or isinstance(self.pieces[-1], dict): self.pieces.append([])
+            self.words += 1; self.pieces[-1].append(id)
+
+# %% ../nbs/03_mllm.ipynb #943b2210
 @torch.no_grad()
 def write(
     model, b,                # A left-padded batch of `collate`; rows that end with [IMG] begin with an image
     stop: int = 0,           # Images end after this scale
-    may_paint: bool = True,  # Whether a row may open an image by itself
+    max_images: int = 1,     # Images a row may open by itself
     go_on: bool = True,      # Whether a row goes on with words after an image
     max_words: int = 60,     # Tokens of text a row, at most
     cache: str = "dynamic",  # As for `Reading`
@@ -372,53 +389,44 @@ def write(
     compile: bool = False    # torch.compile the step
 ): # For each row its pieces in order: lists of ids, and {scale: N x C raw features}
     "Continue prompts with words, images, or both (section 3.3)."
-    c, B = model.config, len(b["ids"])
-    (boi, eoi), eos, order, first = c.image_ids, c.text_config.eos_token_id, order_tokens(stop, c.first_scale), slots(stop, c.first_scale).start
-    reading, n = Reading(model, b, cache, len(order) + 1 + max_words, compile), len(order)
-    seeds, trail = seeds if isinstance(seeds, (list, tuple)) else [seeds] * B, []
-    at = [0 if i == boi else -1 for i in b["ids"][:, -1].tolist()]  # image tokens written so far; -1: writing words
-    pieces, words, done = [[{}] if a == 0 else [] for a in at], [0] * B, [False] * B
-    while not all(done):
-        hidden = reading.read(); paints = [r for r in range(B) if 0 <= at[r] < n]
-        trail.append(_paint(model, hidden, seeds, len(trail)) if paints else hidden.new_zeros(B, 1, c.feature_size, dtype=torch.float32))
-        chosen = _choose(model, hidden, [eoi] if may_paint else [eoi, boi]) if any(a < 0 and not d for a, d in zip(at, done)) else [eos] * B
-        ids = [eoi if a == n else i for a, i in zip(at, chosen)]
-        reading.append(*(torch.tensor(v, device=hidden.device)[:, None] for v in (ids, [first + a if 0 <= a < n else -1 for a in at])), trail[-1])
-        for r in range(B):
-            if done[r]: continue
-            if at[r] == n: at[r] = -1                                         # [/IMG] is written: words again
-            elif at[r] >= 0: at[r] += 1; done[r] = at[r] == n and not go_on
-            elif ids[r] == eos or words[r] == max_words: done[r] = True
-            elif ids[r] == boi: at[r] = 0; pieces[r].append({})
-            else:
-                words[r] += 1
-                if not pieces[r] or isinstance(pieces[r][-1], dict): pieces[r].append([])
-                pieces[r][-1].append(ids[r])
+    c, order, first = model.config, order_tokens(stop, model.config.first_scale), slots(stop, model.config.first_scale).start
+    (boi, eoi), eos, n = c.image_ids, c.text_config.eos_token_id, len(order)
+    rows, trail = [Row(painting=i == boi) for i in b["ids"][:, -1].tolist()], []
+    seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * len(rows)
+    reading = Reading(model, b, cache, (n + 2) * (max_images + any(r.at == 0 for r in rows)) + max_words, compile)
+    while not all(r.done for r in rows):
+        hidden, paints = reading.read(), [k for k, r in enumerate(rows) if 0 <= r.at < n]
+        trail.append(_paint(model, hidden, seeds, len(trail)) if paints else hidden.new_zeros(len(rows), 1, c.feature_size, dtype=torch.float32))
+        speak, closed = any(r.at < 0 and not r.done for r in rows), [k for k, r in enumerate(rows) if r.opened == max_images]
+        ids = [eoi if r.at == n else i for r, i in zip(rows, _choose(model, hidden, boi, eoi, closed) if speak else [eos] * len(rows))]
+        reading.append(*(torch.tensor(v, device=hidden.device)[:, None] for v in (ids, [first + r.at if 0 <= r.at < n else -1 for r in rows])), trail[-1])
+        for r, id in zip(rows, ids):
+            if not r.done: r.take(id, n, boi, eos, go_on, max_words)
         for i in SCALES:
-            if rows := [r for r in paints if order[at[r] - 1] == (i, TOKENS[i] - 1)]:
-                grid = model.stats.denormalize(torch.cat(trail[-TOKENS[i]:], 1)[rows], i)
-                for r, g in zip(rows, grid): pieces[r][-1][i] = g
-                if on_scale: on_scale(i, grid, rows)
-    return pieces
+            if ready := [k for k in paints if order[rows[k].at - 1] == (i, TOKENS[i] - 1)]:
+                grid = model.stats.denormalize(torch.cat(trail[-TOKENS[i]:], 1)[ready], i)
+                for k, g in zip(ready, grid): rows[k].pieces[-1][i] = g
+                if on_scale: on_scale(i, grid, ready)
+    return [r.pieces for r in rows]
 
 # %% ../nbs/03_mllm.ipynb #84adfd09
 def _paint(model, hidden, seeds, step): # B x 1 x C, float32
     noise = None if model.config.head == "regression" else noise_for(seeds, 1, model.config.feature_size, keys=("write", step)).to(hidden.device)
     return model.write_feature(hidden, noise).float()
 
-def _choose(model, hidden, forbidden): # List of ids
-    logits = model.write_text(hidden[:, 0]).float(); logits[:, forbidden] = -torch.inf
+def _choose(model, hidden, boi, eoi, closed): # List of ids; rows in `closed` may not open an image
+    logits = model.write_text(hidden[:, 0]).float(); logits[:, eoi] = logits[closed, boi] = -torch.inf
     return logits.argmax(-1).tolist()
 
 def write_image(model, b, stop: int = 0, **kwargs): # {scale: B x N x C}, raw features
     "One image for each prompt that ends with [IMG], from f4 down to `stop`."
     if not (b["ids"][:, -1] == model.config.image_ids[0]).all(): raise UserError("every prompt must end with [IMG]: use prompt_batch(..., image=True)")
-    written = [p[0] for p in write(model, b, stop, go_on=False, **kwargs)]
+    written = [p[0] for p in write(model, b, stop, max_images=0, go_on=False, **kwargs)]
     return {i: torch.stack([w[i] for w in written]) for i in written[0]}
 
 def write_text(model, b, max_words: int = 60, **kwargs): # List of lists of ids
     "Words only, the likeliest one each time, until </s>."
-    return [p[0] if p else [] for p in write(model, b, may_paint=False, max_words=max_words, **kwargs)]
+    return [p[0] if p else [] for p in write(model, b, max_images=0, max_words=max_words, **kwargs)]
 
 def prompt_batch(segments_list, tokenizer, store, read: int, image: bool, first: int = 4): # A left-padded batch, with [IMG] at its end if `image`
     "Prompts to continue; `image` opens an image."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN_SHARES', 'PROMPTS', 'MAX_TEXT', 'DECODERS', 'BANDS', 'pretrain_samples', 'PretrainTask', 'held_out',
-           'read_score', 'ground_score', 'card_sets', 'CardTask', 'release', 'take_released', 'start_mllm',
-           'caption_score', 't2i_score', 'task_for', 'make_bands', 'compare_with_shipped', 'train_pretrain']
+           'read_score', 'ground_score', 'caption_score', 't2i_score', 'card_sets', 'CardTask', 'release',
+           'take_released', 'start_mllm', 'task_for', 'make_bands', 'compare_with_shipped', 'train_pretrain']
 
 # %% ../nbs/04_pretrain.ipynb #9076f0ba
 import json, time
@@ -78,8 +78,8 @@ def read_score(puma: Puma, kind: str, n: int = 200, seed: int = 5): # {"accuracy
     return dict(accuracy=float(np.mean([a == t for a, t in zip(said, true)])), chance=max(true.count(t) for t in set(true)) / len(true), n=len(rows))
 
 # %% ../nbs/04_pretrain.ipynb #fedf21b8
-def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou": ..., "boxes": ...}
-    "Boxes that the model writes for things it sees, matched to the true ones: mean overlap (a missing box counts 0), and share of scenes with the right number."
+def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou": ..., "missed": ..., "boxes": ...}
+    "Boxes that the model writes for things it sees, matched to the true ones: mean overlap (a missing box counts 0), share of overlaps below a tenth, and share of scenes with the right number."
     overlap, right = [], []
     for k in range(0, len(images), batch):
         part = images[k:k + batch]
@@ -89,7 +89,21 @@ def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou": ..., "
             iou = box_iou(torch.tensor(found).reshape(-1, 4), torch.tensor(true)).numpy()
             rows, cols = linear_sum_assignment(-iou)
             overlap += iou[rows, cols].tolist() + [0.] * (len(true) - len(rows)); right.append(len(found) == len(true))
-    return dict(iou=float(np.mean(overlap)), boxes=float(np.mean(right)))
+    return dict(iou=float(np.mean(overlap)), missed=float(np.mean(np.array(overlap) < .1)), boxes=float(np.mean(right)))
+
+# %% ../nbs/04_pretrain.ipynb #a7d49760
+def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's score of the captions
+    "Captions of images, read as scenes and scored."
+    written = [c for k in range(0, len(images), batch) for c in puma.caption(images[k:k + batch])]
+    return score_scenes(scenes, [parse_caption(c) for c in written])
+
+def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 100): # {scale: the world's score}
+    "Images for full captions, read by the oracle and scored."
+    found = {i: [] for i in scales}
+    for k in range(0, len(scenes), batch):
+        part = scenes[k:k + batch]
+        for i, x in puma.generate([caption(s) for s in part], scales, [seed + k + j for j in range(len(part))]).items(): found[i] += [read_scene(p) for p in x]
+    return {i: score_scenes(scenes, f) for i, f in found.items()}
 
 # %% ../nbs/04_pretrain.ipynb #d5d3175b
 MAX_TEXT = 512  # ours: tokens of one text; web captions and long answers are cut
@@ -180,20 +194,6 @@ def start_mllm(preset, tokenizer, stats, llama=None): # A model with random weig
     m = preset.mllm
     return _taken(llama, lambda f: PumaForConditionalGeneration.from_llama(f, tokenizer, stats, preset.name, m.read_scale), ("llama",),
                   hidden_size=m.hidden_size, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)
-
-# %% ../nbs/04_pretrain.ipynb #5846e267
-def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's score of the captions
-    "Captions of images, read as scenes and scored."
-    written = [c for k in range(0, len(images), batch) for c in puma.caption(images[k:k + batch])]
-    return score_scenes(scenes, [parse_caption(c) for c in written])
-
-def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 100): # {scale: the world's score}
-    "Images for full captions, read by the oracle and scored."
-    found = {i: [] for i in scales}
-    for k in range(0, len(scenes), batch):
-        part = scenes[k:k + batch]
-        for i, x in puma.generate([caption(s) for s in part], scales, [seed + k + j for j in range(len(part))]).items(): found[i] += [read_scene(p) for p in x]
-    return {i: score_scenes(scenes, f) for i, f in found.items()}
 
 # %% ../nbs/04_pretrain.ipynb #2e518253
 def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, shares, progress, out=None, device=None): # samples: a function, called if there are no real sets

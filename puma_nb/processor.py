@@ -69,7 +69,7 @@ def load_mllm(
     root = Path(model_dir or package_dir("weights"))
     path = root / (stage or ("instruct" if (root / "instruct" / "config.json").exists() else "pretrain"))
     if not (path / "config.json").exists(): raise UserError(f"{path}: no language model there; train one with: puma-nb train --stage pretrain --out DIR")
-    with quietly(): model, processor = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32), PumaProcessor.from_pretrained(path)
+    with reading(path, "language model"), quietly(): model, processor = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32), PumaProcessor.from_pretrained(path)
     return model.to(pick_device(device)).eval(), processor.tokenizer
 
 # %% ../nbs/03a_processor.ipynb #a02d25c7

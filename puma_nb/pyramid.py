@@ -183,7 +183,7 @@ def load_encoder(model_dir=None, device=None): # Folder of a system; None takes 
     "The frozen image encoder of a trained system."
     path = Path(model_dir or package_dir("weights")) / "encoder"
     if not (path / "config.json").exists(): raise UserError(f"{path}: no encoder there; train one with: puma-nb train --stage encoder --out DIR")
-    with quietly(): encoder = CLIPVisionModel.from_pretrained(path, dtype=torch.float32)
+    with reading(path, "encoder"), quietly(): encoder = CLIPVisionModel.from_pretrained(path, dtype=torch.float32)
     return encoder.to(pick_device(device)).eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -222,7 +222,8 @@ def feature_stats(f0): # N x 256 x C
 
 def load_stats(model_dir=None):
     "Statistics of a trained system's encoder."
-    t = load_file(Path(model_dir or package_dir("weights")) / "encoder" / "feature_stats.safetensors")
+    path = Path(model_dir or package_dir("weights")) / "encoder" / "feature_stats.safetensors"
+    with reading(path, "feature statistics"): t = load_file(path)
     return FeatureStats(t["mean"].float(), t["std"].float())
 
 # %% ../nbs/01_pyramid.ipynb #a044eee2

@@ -14,17 +14,18 @@ __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_
 # %% ../nbs/00c_training.ipynb #6444d598
 import copy, hashlib, json, math, os, shutil, signal, time, uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -130,18 +131,20 @@ def run_state(model, optimizer, ema): # (weights, moments, averages), whole and 
 def save_checkpoint(folder, step, held, ema, state, keep: int = 2): # held: what `run_state` returned
     "Write `folder/step_N` atomically and drop all but the last `keep`."
     weights, moments, shadow = held
-    final = Path(folder) / f"step_{step:07d}"; tmp = final.with_name(final.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    final = Path(folder) / f"step_{step:07d}"; tmp, aside = (final.with_name(final.name + end) for end in (".tmp", "_before"))
+    shutil.rmtree(tmp, ignore_errors=True)
     try:
+        tmp.mkdir(parents=True)
         save_tensors(weights, tmp / "model.safetensors")
         torch.save(moments, tmp / "optimizer.pt")
         if ema: save_tensors(shadow, tmp / "ema.safetensors")
         (tmp / "state.json").write_text(json.dumps(dict(step=step, ema_step=ema.optimization_step if ema else 0, **state)))
+        if final.exists(): os.replace(final, aside)  # the same step, saved before: there until the new one is
+        os.replace(tmp, final); shutil.rmtree(aside, ignore_errors=True)
+        drop_old(folder, keep)
     except (OSError, RuntimeError, SafetensorError, UserError) as e:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; the last good one is untouched") from None
-    shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
-    drop_old(folder, keep)
 
 def checkpoints(folder): # Oldest first
     "The finished checkpoints of a stage."
@@ -206,11 +209,11 @@ def train_step(accelerator, task, model, positions, step, accumulate=1, micro=No
     micro = micro or micro_batches(accelerator, task, positions, step, accumulate)
     counts, logs = _global_counts(accelerator, task, micro), {}
     for k, (b, share) in enumerate(micro):
-        with accelerator.autocast(): terms = model(b, step)
-        terms = {t: share * v.float() / max(1.0, counts[t]) for t, v in terms.items()}
-        loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
-        sync = accelerator.no_sync(model) if k + 1 < len(micro) else torch.enable_grad()
-        with sync: accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged; the counts are global already
+        with accelerator.no_sync(model) if k + 1 < len(micro) else nullcontext():  # processes add up their gradients once, after the last
+            with accelerator.autocast(): terms = model(b, step)
+            terms = {t: share * v.float() / max(1.0, counts[t]) for t, v in terms.items()}
+            loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
+            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged; the counts are global already
         for t, v in {**terms, "loss": loss}.items():
             if t == "loss" or counts[t] > 0: logs[t] = logs.get(t, 0) + v.detach()  # a step without f0 says nothing about f0
     return {t: accelerator.reduce(v, "sum") if accelerator.num_processes > 1 else v for t, v in logs.items()}
@@ -239,7 +242,8 @@ def make_accelerator(device: str = None, bf16: bool = True):
     dev = pick_device(device)
     AcceleratorState._reset_state(True)  # processes stay connected
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while the first process evaluates
-    return Accelerator(cpu=dev.type == "cpu", mixed_precision="bf16" if bf16 and has_bf16(dev) else "no", kwargs_handlers=[patience])
+    fleeting = AutocastKwargs(cache_enabled=False)  # else bf16 copies of all weights live until the forward pass ends, of divided models, too
+    return Accelerator(cpu=dev.type == "cpu", mixed_precision="bf16" if bf16 and has_bf16(dev) else "no", kwargs_handlers=[patience, fleeting])
 
 # %% ../nbs/00c_training.ipynb #3cdefdc8
 def _memory(device): # GB: on a GPU the most that tensors took, on a CPU what the process takes now
@@ -340,18 +344,20 @@ def is_bad(norm: float, watch: dict, spike: float): # watch: {"mean", "n", "row"
     else: watch.update(row=0, n=watch["n"] + 1, mean=norm if not watch["n"] else .98 * watch["mean"] + .02 * norm)
     return bad
 
-def dump_step(folder, name, seed, step, micro, terms, norm): # The file
-    "Keep a step's batches for `replay`."
+def dump_step(folder, name, seed, step, micro, terms, norm, bf16=False): # The file
+    "Keep a step's batches for `replay`; each process writes its own."
     path = Path(folder) / "bad" / f"step_{step:07d}_{int(os.environ.get('RANK', 0))}.pt"; path.parent.mkdir(exist_ok=True)
-    with _renamed(path) as tmp: torch.save(dict(name=name, seed=seed, step=step, norm=norm, terms={k: float(v) for k, v in terms.items()}, micro=[({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for b, s in micro]), tmp)
+    with _renamed(path) as tmp: torch.save(dict(name=name, seed=seed, step=step, norm=norm, bf16=bf16, terms={k: float(v) for k, v in terms.items()}, micro=[({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for b, s in micro]), tmp)
     return path
 
-def replay(task: Task, path, device="cpu"): # {"terms", "norm", "parameters"}
-    "Compute a dumped step again with the task's present weights: the terms, the gradient's norm, and the parameters whose gradient is largest or not finite."
-    kept, accelerator = torch.load(path, weights_only=True), make_accelerator(device, bf16=False)
-    task.model.to(accelerator.device).train().zero_grad()
-    torch.manual_seed(seed_of(kept["seed"], kept["name"], kept["step"]))
-    terms = train_step(accelerator, task, Losses(task), None, kept["step"], micro=[({k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for b, s in kept["micro"]])
+def replay(task: Task, path, device="cpu"): # path: a file of `bad/`; what other processes wrote for the same step is taken, too
+    "Compute a dumped step again with the task's present weights: {terms, norm, parameters}, the last whose gradient is largest or not finite."
+    files = sorted(Path(path).parent.glob(Path(path).name.rpartition("_")[0] + "_*.pt"))
+    with reading(path, "batch"): parts = [torch.load(p, weights_only=True) for p in files]; kept = parts[0]
+    accelerator = make_accelerator(device, kept["bf16"])
+    micro = [({k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for p in parts for b, s in p["micro"]]
+    task.model.to(accelerator.device).train().zero_grad(); torch.manual_seed(seed_of(kept["seed"], kept["name"], kept["step"]))
+    terms = train_step(accelerator, task, Losses(task), None, kept["step"], micro=micro)
     norms = {n: float(p.grad.norm()) for n, p in task.model.named_parameters() if p.grad is not None}
     worst = sorted(norms, key=lambda n: -norms[n] if math.isfinite(norms[n]) else -math.inf)[:5]
     return dict(terms={k: float(v) for k, v in terms.items()}, norm=math.sqrt(sum(v * v for v in norms.values())), parameters={n: norms[n] for n in worst})
@@ -410,8 +416,13 @@ def _prepare(task, stage, accelerator, folder, resume, run, settings): # (losses
     state = None
     if folder and resume: state = _load_parts(folder, losses, settings) if accelerator.state.deepspeed_plugin else load_checkpoint(folder, task.model, optimizer.optimizer, ema, settings)
     for g in optimizer.param_groups: g["weight_decay"] = stage.weight_decay  # a checkpoint brings its own
+    _same_step(accelerator, folder, state)
     if state and state["step"] > stage.steps: raise UserError(f"{folder} is at step {state['step']}, beyond the {stage.steps} of this run: give it as many as before, or choose another folder")
     return losses, optimizer, ema, state or dict(step=0, running={}, watch=dict(mean=0.0, n=0, row=0))
+
+def _same_step(accelerator, folder, state): # each process reads for itself, and must have found the same
+    steps = accelerator.gather(torch.tensor([state["step"] if state else 0], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1: raise UserError(f"the processes find different checkpoints in {folder} (steps {', '.join(map(str, steps))}): they must share one disk; if they do, start again")
 
 def _load_parts(folder, losses, settings): # DeepSpeed's checkpoint; None if there is none
     if not (folder / "latest").exists():
@@ -478,7 +489,9 @@ def refuse(self: Session, step, micro, terms, norm):
     mean, what = self.watch["mean"], f"{self.name}: the gradient's norm is {norm:.4g} at step {step}"
     if math.isfinite(norm) and mean: what += f", {norm / mean:.0f} times its running mean"
     if self.out:
-        try: what += f"; its batch is kept beside the log as {dump_step(self.out, self.name, self.seed, step, micro, terms, norm).relative_to(self.out)}"
+        try:
+            file = dump_step(self.out, self.name, self.seed, step, micro, terms, norm, self.accelerator.mixed_precision == "bf16").relative_to(self.out)
+            what += f"; its batch is kept beside the log as {file}" + (f", and by each of the {processes()} processes" if processes() > 1 else "")
         except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
     if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: lower the learning rate and go on from the last checkpoint with --resume")
     if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: lower the learning rate, or delete the newest checkpoint and resume from the one before")
@@ -658,11 +671,13 @@ def is_normal(log, bands, steps: int = 300): # {term: {"inside", "above", "below
 def plot_bands(bands, logs, terms=None, size=(2.6, 2.1), steps: int = 300): # logs: {label: log}
     "A panel for each term: the band, and runs over it."
     terms = terms or list(bands)
-    fig, axes = plt.subplots(1, len(terms), figsize=(size[0] * len(terms), size[1]), squeeze=False)
-    for ax, t in zip(axes[0], terms):
+    cols = min(3, len(terms)); rows = -(-len(terms) // cols)
+    fig, axes = plt.subplots(rows, cols, figsize=(size[0] * cols, size[1] * rows), squeeze=False, layout="constrained")
+    for ax, t in zip(axes.flat, terms):
         s, low, high = zip(*bands[t]); ax.fill_between(s, low, high, alpha=.3, color="gray", lw=0)
         for label, log in logs.items():
             if w := windowed(log, t, steps): ax.plot(list(w), list(w.values()), "o-" if len(w) < 4 else "-", ms=3, label=label)
-        ax.set(title=t, yscale="log", xlabel="step"); ax.title.set_fontsize(9)
-    axes[0][0].legend(fontsize=7); fig.tight_layout()
+        ax.set(title=t, yscale="log", xlabel="step"); ax.title.set_fontsize(9); ax.tick_params(labelsize=7)
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    axes[0][0].legend(fontsize=7)
     return fig

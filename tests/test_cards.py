@@ -24,7 +24,7 @@ from puma_nb.data import BUILDERS, load_cards, read_card, world_samples
 STAGES = ("decoders", "pretrain", "instruct-t2i", "instruct-edit", "instruct-condition", "instruct-understand", "eval")
 FORMATS = ("hub-streaming", "parquet", "webdataset", "image-folder", "json")
 FIELDS = ("image", "caption", "question", "answer", "source", "instruction", "target", "boxes")
-RULES = {"min_side": int, "min_box_side": float, "crop": str, "nonempty": list, "drop_subsets": dict, "dedup_with": list}
+RULES = {"min_side": int, "min_box_side": float, "crop": str, "nonempty": list, "drop_subsets": dict, "dedup_with": list, "text_rows": bool}
 CROPS = ("center", "random", "squash")
 KEYS = {"stage", "home", "format", "columns", "filters", "split", "weight", "standin", "paper"}
 HUB_KEYS = {"pretty_name", "license", "language", "task_categories", "size_categories", "source_datasets"}
@@ -169,4 +169,4 @@ def test_a_missing_header_is_refused(tmp_path, text):
 @pytest.mark.parametrize("header", ["pretty_name: [A set\n", "- a\n- list\n", "", {**GOOD, "puma": None}, {**GOOD, "puma": {"standin": "t2i"}}],
                          ids=["not YAML", "a list", "empty", "puma is empty", "no stage"])
 def test_a_header_of_another_shape_is_refused(tmp_path, header):
-    with pytest.raises(Exception): read_card(write(tmp_path, header))
+    with pytest.raises(UserError, match="some-set.md"): read_card(write(tmp_path, header))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from puma_nb.core import get_preset
 from puma_nb.decoders import DecoderTask, build_decoder
 from puma_nb.mllm import MLLMTask, build_mllm
-from puma_nb.training import Losses, Run, _tell_fsdp, accelerate_config, read_log
+from puma_nb.training import Losses, Run, Task, _tell_fsdp, accelerate_config, checkpoints, load_checkpoint, read_log, replay, save_checkpoint
 
 WORKER = """
 import json, sys, torch
@@ -197,3 +197,78 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     kept = sorted((tmp_path / "system" / "encoder" / "checkpoints").iterdir())
     assert kept and not any(p.name.endswith(".tmp") for p in kept) and (kept[-1] / "state.json").exists()
     assert start(0).returncode == 0 and [r["step"] for r in read_log(tmp_path / "system" / "encoder" / "log.jsonl")] == list(range(20, 201, 20))
+
+
+TOY = """
+import sys, torch
+import torch.distributed as dist
+from puma_nb.core import *; from puma_nb.training import *
+torch.set_num_threads(1)
+class Toy(Task):
+    weights = dict(sq=1.0)
+    def __init__(self): torch.manual_seed(0); self.model = torch.nn.Linear(8, 8)
+    def batch(self, positions, step):
+        x = torch.stack([torch.randn(8, generator=torch_rng("toy", int(p))) for p in positions])
+        if step == 3: x[[int(p) % 8 == 1 for p in positions]] = float("nan")  # the second process reads it
+        return dict(x=x)
+    def counts(self, b): return dict(sq=len(b["x"]))
+    def losses(self, model, b, step): return dict(sq=((model(b["x"]) - 1) ** 2).sum())
+stage = StagePreset(steps=6, batch=8, lr=.05, lr_projector=0, warmup=0, schedule="cosine", clip=1.0, weight_decay=0., ema=0.)
+def train(out, resume=False, **run): return fit(Toy(), stage, out, 0, resume, "cpu", progress=False, log_every=1, run=Run(**run))
+"""
+
+
+def toy(tmp_path, code, ok=True):
+    "Two processes that run `code` after `TOY`."
+    script = tmp_path / "toy.py"; script.write_text(TOY + code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stderr[-2000:]
+    return done
+
+
+def test_gradients_are_added_up_once_a_step(tmp_path):
+    "However many micro-batches there are; counted by a hook of DDP's."
+    done = toy(tmp_path, """
+a, task, n = make_accelerator("cpu", False), Toy(), []
+losses = a.prepare(Losses(task))
+def hook(state, bucket): n.append(1); return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+losses.register_comm_hook(None, hook); found = []
+for k in (1, 4):
+    n.clear(); task.model.zero_grad(); train_step(a, task, losses, range(16), 0, k); found.append([len(n), float(task.model.weight.grad.norm())])
+if is_main(): sys.stdout.write(f"found {found}\\n")
+end_processes()
+""")
+    (one, norm), (four, same) = eval(next(l for l in done.stdout.splitlines() if l.startswith("found")).removeprefix("found"))
+    assert one == four == 1 and same == pytest.approx(norm, rel=1e-5)
+
+
+def test_processes_that_find_different_checkpoints_stop(tmp_path):
+    "As on two nodes without a common disk: the first one's folder has a checkpoint, the second's has none."
+    toy(tmp_path, "train(sys.argv[1] + '/shared', bad_step='skip', save_every=2); end_processes()")
+    done = toy(tmp_path, "train(sys.argv[1] + ('/shared' if is_main() else '/other'), resume=True, bad_step='skip')", ok=False)
+    assert "different checkpoints" in done.stderr and "steps 6, 0" in done.stderr
+
+
+def test_a_bad_step_of_two_processes_is_computed_again(tmp_path):
+    "The batch that does harm was the second process's; any of the step's files brings back both."
+    done = toy(tmp_path, "train(sys.argv[1] + '/run', bad_step='skip'); end_processes()")
+    files = sorted((tmp_path / "run" / "bad").iterdir())
+    assert [f.name for f in files] == ["step_0000003_0.pt", "step_0000003_1.pt"] and "each of the 2 processes" in done.stdout
+    scope = {}; exec(TOY, scope)
+    for f in files: assert replay(scope["Toy"](), f)["norm"] != replay(scope["Toy"](), f)["norm"]  # not a number
+
+
+def test_a_step_that_is_saved_again_is_there_all_the_time(tmp_path, monkeypatch):
+    "A kill between taking away the old and naming the new one."
+    model = torch.nn.Linear(2, 2); optimizer = torch.optim.AdamW(model.parameters()); model(torch.ones(1, 2)).sum().backward(); optimizer.step()
+    from puma_nb.training import run_state
+    save = lambda: save_checkpoint(tmp_path, 4, run_state(model, optimizer, None), None, {})
+    save(); save(); assert [p.name for p in checkpoints(tmp_path)] == ["step_0000004"]
+    replace = os.replace
+    def killed(a, b):
+        if str(b).endswith("step_0000004"): raise KeyboardInterrupt
+        replace(a, b)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt): save()
+    assert load_checkpoint(tmp_path, model, optimizer, None)["step"] == 4
+    monkeypatch.undo(); save(); assert load_checkpoint(tmp_path, model, optimizer, None)["step"] == 4

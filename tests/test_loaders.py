@@ -1,5 +1,5 @@
 "Every card loads a small set in its own layout, and what is broken is counted."
-import io, json, struct, tarfile, zlib
+import copy, io, json, struct, tarfile, zlib
 from collections import Counter
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset, Features, Image as ImageFeature, List, Value
 from PIL import Image
 from puma_nb.core import UserError, save_image
-from puma_nb.data import as_dataset, boxes_in, load_cards
-from puma_nb.loaders import CardSet, Loader, Skip, open_picture
+from puma_nb.data import as_dataset, boxes_in, image_set, load_cards
+from puma_nb.loaders import ASK, CardSet, Loader, Skip, open_picture
 from puma_nb.world import article, box, caption, draw_scene, sample_scene
 
 CARDS, N = load_cards(), 4
@@ -130,7 +130,111 @@ def test_a_cut_shard_gives_what_it_has(tmp_path):
     card = CARDS["laion-2b"]; write_set(card, tmp_path)
     whole = (tmp_path / "00000.tar").read_bytes(); (tmp_path / "00000.tar").write_bytes(whole[:len(whole) // 2])
     samples = list(loader := Loader(card, tmp_path, "pretrain", 8, least=0, max_broken=.9))
-    assert 0 < len(samples) < N and any("shard" in k or "readable" in k for k in loader.skipped)
+    assert 0 < len(samples) < N and loader.skipped["its shard ends too early"] == 1
+
+
+def test_a_run_goes_past_broken_shards(tmp_path):
+    "One shard is empty, one holds a damaged header: positions go on to the next usable row, and both are counted."
+    card = CARDS["laion-2b"]
+    for k in range(4): write_set(card, tmp_path); (tmp_path / "00000.tar").rename(tmp_path / f"{k + 1:05d}.tar")
+    (tmp_path / "00001.tar").write_bytes(b"")
+    data = bytearray((tmp_path / "00002.tar").read_bytes()); at = data.index(b"00002.png"); data[at:at + 512] = b"x" * 512; (tmp_path / "00002.tar").write_bytes(data)
+    ds = CardSet(card, tmp_path, "pretrain", 8, least=0, max_broken=.9)
+    said = [next(g["text"] for g in ds[k]["segments"] if g["kind"] == "text") for k in range(len(ds))]
+    assert len(ds) == 1 + 3 + N + N and set(said) == {phrases(s)[0] for s in SCENES} and ds.loader.skipped["its shard ends too early"] >= 2
+
+
+def pack_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members: info = tarfile.TarInfo(name); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_folder_of_img2dataset(tmp_path):
+    "Beside its shards it leaves a table of addresses and a file of statistics."
+    pack_tar(tmp_path / "00000.tar", [(f"{k:05d}.{kind}", data) for k in range(N) for kind, data in (("png", png(SCENES[k])), ("txt", b"a caption"), ("json", json.dumps(dict(url="https://x/y.jpg")).encode()))])
+    Dataset.from_list([dict(url="https://x/y.jpg", caption="a caption")] * N).to_parquet(tmp_path / "00000.parquet"); (tmp_path / "00000_stats.json").write_text("{}")
+    assert len(list(Loader(CARDS["laion-2b"], tmp_path, "pretrain", 8))) == len(CardSet(CARDS["laion-2b"], tmp_path, "pretrain", 8)) == N
+
+
+@pytest.mark.parametrize("place", ["./", "v1.0/", "a/b.c/"])
+def test_folders_within_a_shard(place, tmp_path):
+    pack_tar(tmp_path / "a.tar", [(f"{place}{k:05d}.{kind}", data) for k in range(N) for kind, data in (("png", png(SCENES[k])), ("txt", b"a caption"))])
+    assert len(list(Loader(CARDS["laion-2b"], tmp_path, "pretrain", 8))) == N
+
+
+@pytest.mark.parametrize("card, row, why", [
+    ("laion-2b", [1], "its JSON cannot be read"), ("laion-2b", dict(caption=2013), "malformed (TypeError)"), ("laion-2b", dict(caption=["a", "b"]), "malformed (TypeError)"),
+    ("grit", dict(caption="a cat", ref_exps=[[0, 5, .1, .1]]), "malformed (IndexError)"), ("grit", dict(caption="a cat", ref_exps="[[0]]"), "malformed (IndexError)")])
+def test_malformed_rows_are_counted(card, row, why, tmp_path):
+    "One among fifty: the run goes on, from either reader."
+    good = dict(caption="a cat", ref_exps=[[2, 5, .1, .1, .9, .9, .9]])
+    pack_tar(tmp_path / "a.tar", [(f"{k:05d}.{kind}", data) for k in range(50) for kind, data in (("png", png(SCENES[0], 16)), ("json", json.dumps(row if k == 7 else good).encode()))])
+    assert len(list(loader := Loader(CARDS[card], tmp_path, "pretrain", 8))) == 49 and loader.skipped == {why: 1}
+    ds = CardSet(CARDS[card], tmp_path, "pretrain", 8); assert len([ds[k] for k in range(50)]) == 50 and ds.loader.skipped == {why: 1}
+
+
+def test_a_sample_without_its_picture_is_no_reason_to_stop(tmp_path):
+    words = json.dumps(dict(url="https://x/y.jpg", caption="a cat")).encode()
+    pack_tar(tmp_path / "a.tar", [(f"{k:05d}.{kind}", data) for k in range(50) for kind, data in (("json", words), ("png", png(SCENES[0], 16))) if (k, kind) != (30, "png")])
+    assert len(list(loader := Loader(CARDS["laion-2b"], tmp_path, "pretrain", 8))) == 49 and loader.skipped == {"an address, not a picture": 1}
+
+
+def test_boxes_stay_with_their_words(tmp_path):
+    row = json.dumps(dict(caption="  a cat sits", ref_exps=[[4, 7, 0, 0, 1, 1, .9]])).encode()
+    pack_tar(tmp_path / "a.tar", [("0.png", png(SCENES[0])), ("0.json", row)])
+    said = next(g["text"] for s in Loader(CARDS["grit"], tmp_path, "pretrain", 8) for g in s["segments"] if "cat" in g["text"])
+    assert said == "a cat <p0><p0><p223><p223> sits"
+
+
+def test_subsets_are_told_by_names_not_by_pixels(tmp_path):
+    "Among the bytes of a noisy picture there is any word of three letters."
+    f = io.BytesIO(); Image.fromarray(np.random.default_rng(1).integers(0, 255, (448, 448, 3), dtype=np.uint8)).save(f, "PNG"); assert b"geo" in (noisy := f.getvalue() + b"geo")
+    pack_tar(tmp_path / "a.tar", [(f"{k}.{kind}", data) for k in range(N) for kind, data in (("png", noisy), ("json", json.dumps(dict(conversations=TURNS)).encode()))])
+    assert len(list(loader := Loader(CARDS["cambrian"], tmp_path, "instruct-understand", 8))) == N and not loader.skipped
+
+
+def test_capital_suffixes_raw_bytes_and_nothing(tmp_path):
+    (tmp_path / "a").mkdir(); (tmp_path / "b").mkdir()
+    for name in ("1.PNG", "2.png", "3.Png"): (tmp_path / "a" / name).write_bytes(png(SCENES[0]))
+    assert len(CardSet(CARDS["imagenet-val"], tmp_path / "a", "eval", 8)) == 3
+    Dataset.from_list([dict(image=png(SCENES[0]), caption="c")] * N).to_parquet(tmp_path / "b" / "a.parquet")
+    assert len(list(Loader(CARDS["coco-30k"], tmp_path / "b", "eval", 8))) == N
+    rows = [dict(image=dict(bytes=png(SCENES[0]), path=None))] * 20 + [dict(image=None)]
+    Dataset.from_list(rows, features=Features(dict(image=ImageFeature()))).save_to_disk(tmp_path / "c")
+    assert image_set(tmp_path / "c", 8)[1] == {"not a readable image": 1}
+
+
+def test_all_subsets_of_a_set_on_the_hub(tmp_path):
+    "A repository with a configuration for each subset, as LLaVA-OneVision's; a folder stands in for the hub."
+    for k, name in enumerate(("ai2d", "chartqa")):
+        (tmp_path / name).mkdir(); rows = Dataset.from_list([dict(image=dict(bytes=png(SCENES[k]), path=None), conversations=TURNS, data_source=name)] * N)
+        rows.cast_column("image", ImageFeature()).to_parquet(tmp_path / name / "train-0.parquet")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(f"- config_name: {n}\n  data_files:\n  - split: train\n    path: {n}/*.parquet\n" for n in ("ai2d", "chartqa")) + "---\n")
+    card = copy.deepcopy(CARDS["llava-onevision"]); card.meta["puma"]["home"] = str(tmp_path)
+    assert len(list(Loader(card, "hub", "instruct-understand", 8))) == len(CardSet(card, "hub", "instruct-understand", 8)) == 2 * N
+
+
+@pytest.mark.parametrize("mode, dtype, most", [("F", np.float32, 1.), ("F", np.float32, 255.), ("I", np.int32, 255), ("I", np.int32, 65535)])
+def test_scientific_pictures_keep_their_brightness(mode, dtype, most):
+    im = Image.fromarray((np.linspace(0, 1, 64 * 64).reshape(64, 64) * most).astype(dtype)); f = io.BytesIO(); im.save(f, "TIFF"); assert im.mode == mode
+    assert np.asarray(open_picture(f.getvalue())).mean() == pytest.approx(127.5, abs=2)
+
+
+def test_rows_without_pictures_are_kept_where_the_card_says_so(tmp_path):
+    (tmp_path / "1.png").write_bytes(png(SCENES[0]))
+    (tmp_path / "rows.json").write_text(json.dumps([dict(image="1.png", conversations=TURNS), dict(conversations=[{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}])]))
+    samples = list(loader := Loader(CARDS["llava-1.5-finetune"], tmp_path, "eval", 8))
+    assert [len(s["images"]) for s in samples] == [1, 0] and not loader.skipped
+    assert [(g["kind"], g["supervised"]) for g in samples[1]["segments"]] == [("text", False), ("text", False), ("text", True)]
+
+
+@pytest.mark.parametrize("kind", ["control_canny", "control_inpainting", "control_grayscale"])
+def test_half_of_the_conditions_say_their_task(kind, tmp_path):
+    rows = [{kind: f"{k}.png", "source": f"{k}.png", "prompt": "a cross"} for k in range(N)]
+    for k in range(N): (tmp_path / f"{k}.png").write_bytes(png(SCENES[k]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = Counter(s["segments"][1]["text"] for seed in range(20) for s in Loader(CARDS["multigen-20m"], tmp_path, "instruct-condition", 8, seed))
+    assert set(said) == {"a cross", f"{ASK[kind]}. a cross"} and abs(said["a cross"] / 80 - .5) < .2
 
 
 def test_rules_subsets_and_duplicates(tmp_path):
@@ -156,7 +260,7 @@ READER = """
 import json, os, sys
 import torch.distributed as dist
 from puma_nb.data import draw, load_cards
-from puma_nb.loaders import CardSet
+from puma_nb.loaders import ASK, CardSet
 dist.init_process_group("gloo"); rank, world = dist.get_rank(), dist.get_world_size(); assert world == 2
 folder, out, begin, end = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sets = {n: CardSet(load_cards()[n], folder + "/" + n, "pretrain", 8, least=0) for n in ("laion-2b", "laion-aesthetics")}
@@ -198,11 +302,11 @@ def test_a_set_from_the_hub_is_asked_for_by_its_card(tmp_path, monkeypatch):
     from datasets import Dataset
     from datasets import Image as ImageFeature
     asked = []
-    def load(home, split, streaming):
+    def load(home, name, split, streaming):
         asked.append((home, split, streaming))
         rows = Dataset.from_list([dict(image=dict(bytes=png(sample_scene(0, k)), path=None), questions=["what?"], answers=["a scene"], title="t", authorName="a", genre="g") for k in range(6)]).cast_column("image", ImageFeature())
         return rows.to_iterable_dataset() if streaming else rows
-    monkeypatch.setattr(loaders, "load_dataset", load)
+    monkeypatch.setattr(loaders, "load_dataset", load); monkeypatch.setattr(loaders, "get_dataset_config_names", lambda home: ["default", "all of it again"])
     card = CARDS["ocr-vqa-200k"]
     streamed, ds = list(Loader(card, "hub", "pretrain", 16)), CardSet(card, "hub", "pretrain", 16)
     assert len(streamed) == len(ds) == 6 and {s["answer"] for s in streamed} == {ds[p]["answer"] for p in range(6)} == {"a scene"}

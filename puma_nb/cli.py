@@ -10,6 +10,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'demo', 'generate', 'edit', 'ask', 'reconstruc
 import errno, json, math, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
+import datasets
 import torch
 from fastcore.script import anno_parser, store_true
 from .core import *
@@ -45,6 +46,8 @@ def _sets(text): # "laion-2b=DIR,grit=DIR" -> {card: folder}
     "Real sets that the user named."
     pairs = [p.partition("=") for p in text.split(",")] if text else []
     if any(not (name and folder) for name, _, folder in pairs): raise UserError(f"cannot read --data {text!r}: write CARD=FOLDER, several with commas between")
+    names = [name.strip() for name, _, _ in pairs]
+    if twice := next((n for n in names if names.count(n) > 1), None): raise UserError(f"--data names {twice} twice: put its files into one folder")
     return {name.strip(): folder.strip() for name, _, folder in pairs} or None
 
 def _photo(path, side, resize="crop"): return load_image(path, side, resize)[None]
@@ -165,6 +168,7 @@ def _train_rules(p, stage, parts, images, encoder, llama, data, begun): # begun:
         f"preset {p.name} trains its own encoder: leave out --encoder, or take preset base or paper": encoder and not released,
         "--llama comes with --encoder in this stage": llama and not encoder and stage == "encoder",
         f"preset {p.name} begins from a released LLaMA: name it with --llama (with --resume, too)": stage == "pretrain" and released and not llama and not begun,
+        f"preset {p.name} trains its own language model: leave out --llama, or take preset base or paper": llama and not released,
         "--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)": llama and stage not in ("encoder", "pretrain"),
         "--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions": images and not encoder and stage not in ("autoencoder", "decoders"),
         "--data is for --stage pretrain or instruct": data and stage not in ("pretrain", "instruct"),
@@ -181,7 +185,7 @@ def train(
     images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
     encoder: str = None,    # Presets base and paper: a released CLIP, as a folder or hf:NAME
     llama: str = None,      # Presets base and paper: a released LLaMA, as a folder or hf:NAME
-    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,ocr-vqa-200k=hub
+    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,ocr-vqa-200k=hub,my-set.md=DIR
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
     checkpointing: store_true = False, # Recompute activations: less memory, a third more work
@@ -204,6 +208,7 @@ def train(
     _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, stage in STAGES and read_stage(Path(out), stage)))
     folder, names = writable_folder(out), tuple(STAGES) if stage == "all" else (stage,)
     if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
+    if quiet: datasets.disable_progress_bars()
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
     how = Run(accumulate, (2 if data or pick_device(device).type == "cuda" else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
     train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), encoder=dict(encoder=encoder, llama=llama, images=images) if encoder else {},
@@ -212,7 +217,8 @@ def train(
     if not is_main(): return
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
-    print(f"system: {folder}   try: puma-nb demo --model {folder}")
+    done = next((s for s in ("instruct", "pretrain") if read_stage(folder, s)), None)
+    print(f"system: {folder}   " + (f"try: puma-nb demo --model {folder}" if done else f"next: puma-nb train --preset {preset} --out {folder} --resume"))
 
 # %% ../nbs/07_cli.ipynb #c6f6f600
 def evaluate(

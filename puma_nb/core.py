@@ -329,12 +329,13 @@ def reading(place, what: str): # what lies there, for the message
 
 @contextmanager
 def quietly():
-    "Silence the libraries' loading bars; errors still come through."
+    "Silence the libraries' loading bars and notices; errors still come through."
     import diffusers, transformers
-    for lib in (diffusers, transformers): lib.utils.logging.disable_progress_bar()
+    logs = [lib.utils.logging for lib in (diffusers, transformers)]; before = [l.get_verbosity() for l in logs]
+    for l in logs: l.disable_progress_bar(); l.set_verbosity_error()
     try: yield
     finally:
-        for lib in (diffusers, transformers): lib.utils.logging.enable_progress_bar()
+        for l, level in zip(logs, before): l.enable_progress_bar(); l.set_verbosity(level)
 
 # %% ../nbs/00_core.ipynb #1c52a727
 def budget(full: int, test: int): # Steps in a full run, steps under `IN_TEST`

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INSTRUCT_SHARES', 'INSTRUCT_QUESTIONS', 'INSTRUCT_TURNS', 'STAGES', 'deeper', 'instruct_samples', 'question_score',
-           'edit_score', 'train_instruct', 'train_system']
+           'edit_score', 'train_instruct', 'same_preset', 'train_system']
 
 # %% ../nbs/05_instruct.ipynb #741301aa
-import shutil, time
+import json, shutil, time
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -67,9 +67,11 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     if not data: task.held = held_out(preset, encoder, seed=seed)
     log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000, run=run)
+    report = task.report() if data else {}
     if not is_main(): return
+    print(*report.values(), sep="\n", end="\n" if report else "", flush=True)
     speed = speed_report(task, stage, log); save_mllm(task.model, tokenizer, out / "instruct")
-    if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=task.report(), speed=speed)
+    if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=report, speed=speed)
     puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
     answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")} | {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
@@ -79,6 +81,13 @@ def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progr
 
 # %% ../nbs/05_instruct.ipynb #312e22a4
 STAGES = dict(encoder=train_encoder, autoencoder=train_autoencoder, decoders=train_decoders, pretrain=train_pretrain, instruct=train_instruct)
+
+def same_preset(preset, out):
+    "Refuse a folder that another preset's encoder lies in."
+    path = Path(out) / "encoder" / "config.json"
+    if not path.exists(): return
+    with reading(path, "encoder"): c = json.loads(path.read_text()); found = c["hidden_size"], c["image_size"]
+    if found != (preset.encoder.hidden_size, preset.encoder.image_size): raise UserError(f"{out} was begun with another preset than {preset.name} (its encoder has width {found[0]} and pictures of {found[1]} pixels): name that one with --preset")
 
 def train_system(
     preset: Preset,
@@ -93,9 +102,11 @@ def train_system(
 ):
     "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
     if processes() > 1: make_accelerator(device)  # connects the processes, with patience
+    same_preset(preset, out)
     for name in stages:
         released = not preset.stages["base" if name == "decoders" else name].steps
-        if released and not (name == "encoder" and options.get(name)): raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release" + (": name it with --encoder, the language model with --llama, and pictures for the feature statistics with --images" if name == "encoder" else ", which this version cannot load yet: choose another stage or preset"))
+        if resume and read_stage(out, name): pass
+        elif released and not (name == "encoder" and options.get(name)): raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release" + (": name it with --encoder, the language model with --llama, and pictures for the feature statistics with --images" if name == "encoder" else ", which this version cannot load yet: choose another stage or preset"))
         if resume and read_stage(out, name):
             print(f"{name}: finished before", flush=True)
             if is_main(): [shutil.rmtree(c, ignore_errors=True) for c in list((Path(out) / name).rglob("checkpoints"))]  # a run killed at its very end leaves some

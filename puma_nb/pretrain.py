@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
@@ -109,7 +110,7 @@ def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 
 MAX_TEXT = 512  # ours: tokens of one text; web captions and long answers are cut
 
 def card_sets(
-    data: dict,       # name of a card -> where the set lies
+    data: dict,       # name of a card, or the file of one -> where the set lies
     stage: str,       # "pretrain" or "instruct"
     side: int,        # Pixels that the encoder wants
     seed: int = 0,
@@ -120,10 +121,12 @@ def card_sets(
     "Sets named by their cards, with their shares."
     cards, sets, shares = load_cards(), {}, {}
     for name, source in data.items():
-        if name not in cards: raise UserError(f"no card named {name!r}; there are: {', '.join(cards)}")
-        role = next((s for s in cards[name].stage if s.startswith(stage)), None)
-        if role is None: raise UserError(f"{name} is not for stage {stage}; its stages: {', '.join(cards[name].stage)}")
-        sets[name], shares[name] = CardSet(cards[name], source, role, side, seed, **kwargs), cards[name].meta["puma"]["weight"][role]["share"]
+        if name not in cards and not name.endswith(".md"): raise UserError(f"no card named {name!r}; there are: {', '.join(cards)}, or name a file of your own (my-set.md)")
+        card = cards[name] if name in cards else read_card(name)
+        role = next((s for s in card.stage if s.startswith(stage)), None)
+        if role is None: raise UserError(f"{name} is not for stage {stage}; its stages: {', '.join(card.stage)}")
+        sets[name], shares[name] = s, share = CardSet(card, source, role, side, seed, **kwargs), card.meta["puma"]["weight"].get(role, {}).get("share", 1.0)
+        if is_main(): print(f"{card.name}: {len(s)} rows, share {share}", flush=True)
     with make_accelerator(device).main_process_first(): found = leave_out_duplicates(sets, is_main(), keep)  # the others read what it keeps
     for name, n in found.items():
         if is_main(): print(f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, and are left out", flush=True)
@@ -142,9 +145,13 @@ class CardTask(PretrainTask):
         segments = [[{**g, "ids": to_ids(self.tokenizer, g["text"])[:MAX_TEXT]} if g["kind"] == "text" else {**g, "image": g["image"] + int(at)} for g in s["segments"]] for s, at in zip(samples, begin)]
         return segments, FeatureStore(f0, self.store.stats)
 
-    def reads(self): return {n: dict(samples=len(s), share=self.shares[n], source=str(s.loader.source)) for n, s in self.sets.items()}
+    def reads(self): return [[n, dict(samples=len(s), share=self.shares[n], files=s.mark)] for n, s in self.sets.items()]  # their order counts, too
 
-    def report(self): return {n: s.loader.report() for n, s in self.sets.items()}
+    def report(self): # {set: what was read of it, and what was left out}, over all processes
+        "What this run has read; a line for each set."
+        for n, s in self.sets.items():
+            for kept, skipped in gather_object([(s.loader.kept, s.loader.skipped)])[1:]: s.loader.kept += kept; s.loader.skipped += skipped
+        return {n: s.loader.report() for n, s in self.sets.items()}
 
 # %% ../nbs/04_pretrain.ipynb #f248f8fa
 def release(source): # A folder, or hf:NAME: a folder either way
@@ -191,7 +198,8 @@ def take_released(
 def start_mllm(preset, tokenizer, stats, llama=None): # A model with random weights, or around a released LLaMA
     "The language model at the beginning of pretraining."
     if llama is None: return build_mllm(preset, tokenizer, stats)
-    m = preset.mllm
+    m, ours, theirs = preset.mllm, tokenizer.get_vocab(), _taken(llama, AutoTokenizer.from_pretrained).get_vocab()
+    if any(ours.get(w) != k for w, k in theirs.items()): raise UserError(f"{llama} has other words than this system's tokenizer: name the LLaMA whose tokenizer stage encoder took over")
     return _taken(llama, lambda f: PumaForConditionalGeneration.from_llama(f, tokenizer, stats, preset.name, m.read_scale), ("llama",),
                   hidden_size=m.hidden_size, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)
 
@@ -238,9 +246,11 @@ def train_pretrain(preset: Preset, out, seed=0, resume=False, device=None, progr
     if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
     if not data: task.held = held_out(preset, encoder, seed=seed)
     log = fit(task, stage, out / "pretrain", seed, resume, device, name="pretraining", progress=progress, sample_every=1000, run=run)
+    report = task.report() if data else {}
     if not is_main(): return
+    print(*report.values(), sep="\n", end="\n" if report else "", flush=True)
     speed = speed_report(task, stage, log); save_mllm(task.model, tokenizer, out / "pretrain")
-    if data: return finish_stage(out, "pretrain", stage, {}, seconds=round(time.time() - begun), data=task.report(), speed=speed)
+    if data: return finish_stage(out, "pretrain", stage, {}, seconds=round(time.time() - begun), data=report, speed=speed)
     puma, (images, scenes) = Puma(out, device, "pretrain"), world_images(preset, "val", min(200, preset.world.val), seed)
     captions, pictures = caption_score(puma, images, scenes), t2i_score(puma, scenes)
     board = dashboard(puma.model, tokenizer, [caption(s) for s in scenes[:64]], encode_images(encoder, images[:64]))

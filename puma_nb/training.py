@@ -157,7 +157,8 @@ def drop_old(folder, keep: int = 2):
 # %% ../nbs/00c_training.ipynb #1622edd6
 def same_settings(where, before: dict, now: dict): # both None, where nobody asks
     "Refuse to go on with other data or another state than a run began with; say what else has changed."
-    changed = {k: f"{k} {v} instead of {before[k]}" for k, v in (now or {}).items() if before and k in before and before[k] != v}
+    differ = lambda a, b: [x for x in a if x not in b] or a if isinstance(a, list) and isinstance(b, list) else a
+    changed = {k: f"{k} {differ(v, before[k])} instead of {differ(before[k], v)}" for k, v in (now or {}).items() if before and k in before and before[k] != v}
     if wrong := [v for k, v in changed.items() if k in ("seed", "batch", "ema", "data")]: raise UserError(f"{where} was begun otherwise: {', '.join(wrong)}; resume as it was begun, or choose another folder")
     if changed and is_main(): print(f"going on with {', '.join(changed.values())}", flush=True)
 
@@ -452,6 +453,8 @@ class Session:
         self.aside = copy.deepcopy(task.model).cpu() if self.main and divides(a, run) else None
         self.folder = self.out and self.out / "checkpoints"
         if self.folder and not resume and checkpoints(self.folder): raise UserError(f"{self.out} holds checkpoints of a run that has not ended: go on with --resume, or choose another folder")
+        if run.norms_every and divides(a, run): raise UserError("norms of single terms want the whole model in each process: leave out --norms, or --shard")
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not a.is_fsdp2: raise UserError("accelerate divides models on GPUs only, and there is none: on CPUs start torchrun and use --shard, or take ddp.yaml")
         self.settings = dict(seed=seed, data=task.reads(), **{k: v for k, v in asdict(stage).items() if k not in ("checkpointing", "compile")})
         self.losses, self.optimizer, self.ema, state = _prepare(task, stage, a, self.folder, resume, run, self.settings)
         self.begun, self.watch, self.sharded = state["step"], state["watch"], is_sharded(task.model)
@@ -466,7 +469,7 @@ class Session:
         "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
         for g, peak in zip(self.optimizer.param_groups, self.peaks): g["lr"] = peak * lr_factor(step, self.stage.steps, self.stage.warmup, self.stage.schedule)
         torch.manual_seed(seed_of(self.seed, self.name, step))
-        micro, waited = self.batches(step)
+        micro, waited = self.read(step)
         terms = train_step(self.accelerator, self.task, self.losses, None, step, micro=micro)
         norm = float(gathered(self.accelerator.clip_grad_norm_(self.params, self.stage.clip)))
         if bad := is_bad(norm, self.watch, self.run.spike): self.refuse(step, micro, terms, norm)
@@ -478,6 +481,16 @@ class Session:
         spent = [self.task.work(b) for b, _ in micro]
         self.log.add({**terms, "grad_norm": norm}, samples=self.stage.batch, waited=waited, **{k: self.accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
 
+    def read(self, step): # (micro-batches, seconds waited)
+        "The batch of a step; if any process cannot read its own, all save what there is and stop."
+        try: found, trouble = self.batches(step), None
+        except (OSError, UserError) as e: found, trouble = None, str(e)
+        if _all_agree(self.accelerator, trouble is not None):
+            if step > self.begun: self.save(step)
+            self.accelerator.wait_for_everyone()
+            raise UserError(f"{self.name}: step {step}: {trouble or 'another process cannot read its data'}" + ("; what was learnt before is saved, go on with --resume" if self.out and step > self.begun else ""))
+        return found
+
     def row(self, done): # The loss, for the progress bar
         "Close a row of the log."
         return self.log.write(done, self.optimizer.param_groups[0]["lr"], self.ceiling, _memory(self.accelerator.device))["loss"]
@@ -487,19 +500,19 @@ class Session:
 def refuse(self: Session, step, micro, terms, norm):
     "Dump a bad step; stop unless the run skips such steps."
     mean, what = self.watch["mean"], f"{self.name}: the gradient's norm is {norm:.4g} at step {step}"
-    if math.isfinite(norm) and mean: what += f", {norm / mean:.0f} times its running mean"
+    if math.isfinite(norm) and mean: what += f", {norm / mean:.3g} times its running mean"
     if self.out:
         try:
             file = dump_step(self.out, self.name, self.seed, step, micro, terms, norm, self.accelerator.mixed_precision == "bf16").relative_to(self.out)
             what += f"; its batch is kept beside the log as {file}" + (f", and by each of the {processes()} processes" if processes() > 1 else "")
         except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
-    if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: lower the learning rate and go on from the last checkpoint with --resume")
-    if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: lower the learning rate, or delete the newest checkpoint and resume from the one before")
+    if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: go on from the last checkpoint with --resume")
+    if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: delete the newest checkpoint and resume from the one before, or lower the preset's rate")
     if self.run.bad_step == "skip":
-        if self.main: print(what + ": skipped", flush=True)
+        if self.main: tqdm.write(what + ": skipped")
         return
     self.watch["row"] = 0; self.save(step); self.accelerator.wait_for_everyone()  # who leaves first ends the others, the one that writes too
-    raise UserError(f"{what}; lower the learning rate, or go on without such steps: --resume --bad-step skip")
+    raise UserError(f"{what}; go on without such steps: --resume --bad-step skip")
 
 @patch
 def save(self: Session, done):

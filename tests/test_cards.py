@@ -8,6 +8,7 @@ format    how its rows come (FORMATS)
 columns   the set's own column names, a dot for each level -> one of our FIELDS, or a list of them; columns
           that share a field are alternatives, or parts of one text in this order
 filters   stage -> rules (RULES)
+roots     column -> the folder that its paths begin in, where rows leave it out (optional)
 split     the name of the split to read
 weight    stage -> its share among the stage's sets, and where that number comes from; none for evaluation
 standin   the builder of the drawn world that takes its place, "" where there is none
@@ -19,11 +20,10 @@ import pytest
 import yaml
 
 from puma_nb.core import UserError, package_dir
-from puma_nb.data import BUILDERS, load_cards, read_card, world_samples
+from puma_nb.data import BUILDERS, FIELDS, load_cards, read_card, world_samples
 
 STAGES = ("decoders", "pretrain", "instruct-t2i", "instruct-edit", "instruct-condition", "instruct-understand", "eval")
 FORMATS = ("hub-streaming", "parquet", "webdataset", "image-folder", "json")
-FIELDS = ("image", "caption", "question", "answer", "source", "instruction", "target", "boxes")
 RULES = {"min_side": int, "min_box_side": float, "crop": str, "nonempty": list, "drop_subsets": dict, "dedup_with": list, "text_rows": bool}
 CROPS = ("center", "random", "squash")
 KEYS = {"stage", "home", "format", "columns", "filters", "split", "weight", "standin", "paper"}
@@ -53,7 +53,7 @@ def test_cards_are_named_after_their_files():
 @each
 def test_header_has_the_required_keys(name):
     meta = CARDS[name].meta
-    assert HUB_KEYS <= set(meta) and set(meta["puma"]) == KEYS
+    assert HUB_KEYS <= set(meta) and set(meta["puma"]) - {"roots"} == KEYS and set(meta["puma"].get("roots", {})) <= set(meta["puma"]["columns"])
     assert all(isinstance(meta[k], list) and meta[k] for k in ("language", "task_categories", "size_categories", "source_datasets"))
     for size in meta["size_categories"]: assert re.fullmatch(r"(\d+[KMBT]?)?<?n[<>]\d+[KMBT]", size), size
     assert isinstance(meta["license"], str) and isinstance(meta["pretty_name"], str)

@@ -272,3 +272,19 @@ def test_a_step_that_is_saved_again_is_there_all_the_time(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt): save()
     assert load_checkpoint(tmp_path, model, optimizer, None)["step"] == 4
     monkeypatch.undo(); save(); assert load_checkpoint(tmp_path, model, optimizer, None)["step"] == 4
+
+
+def test_data_that_cannot_be_read_costs_nothing(tmp_path):
+    "The second process's data is gone at step 4: both save what they have learnt, and the run goes on when it is back."
+    late = """
+class Late(Toy):
+    def batch(self, positions, step):
+        if step == 4 and not is_main() and len(sys.argv) < 3: raise OSError("the disk is gone")
+        return Toy.batch(self, positions, 0)
+log = fit(Late(), stage, sys.argv[1] + "/run", 0, True, "cpu", progress=False, log_every=1, run=Run())
+"""
+    assert "the disk is gone; what was learnt before is saved" in toy(tmp_path, late, ok=False).stderr
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_0000004"]
+    toy(tmp_path, late.replace("and len(sys.argv) < 3", "and False") + "end_processes()")
+    toy(tmp_path, late.replace("/run", "/straight").replace("and len(sys.argv) < 3", "and False") + "end_processes()")
+    a, b = ([r["loss"] for r in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "straight")); assert a == b and len(a) == 6

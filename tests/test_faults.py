@@ -39,6 +39,14 @@ def unfinished(folder):
     except FileNotFoundError: return set()  # a folder was renamed while we looked
 
 
+def held(process, folder, before):
+    "Hold the process if it is writing something; whether it is."
+    if not unfinished(folder) - before: return False
+    os.kill(process.pid, signal.SIGSTOP)
+    if unfinished(folder) - before: return True
+    os.kill(process.pid, signal.SIGCONT); return False
+
+
 def kill_often(argv, folder, kills, longest, threads=2, seed=0):
     "Start, kill, resume ...; then let it end. Returns (kills, those in the middle of a save)."
     rng, struck, in_save = random.Random(seed), 0, 0
@@ -46,7 +54,7 @@ def kill_often(argv, folder, kills, longest, threads=2, seed=0):
         before, at_save, wait = unfinished(folder), struck % 2 == 1, rng.uniform(.05, longest)
         process = start([*argv, "--resume"], threads); deadline = time.time() + wait
         while process.is_alive() and time.time() < deadline: time.sleep(.002)
-        while at_save and process.is_alive() and not unfinished(folder) - before and time.time() < deadline + 3: pass  # the next save, as soon as it begins
+        while at_save and process.is_alive() and time.time() < deadline + 3 and not held(process, folder, before): pass  # the next save, as soon as it begins
         if not process.is_alive():  # it came to its end: the rest is for the caller
             ends(process); return struck, in_save
         os.kill(process.pid, signal.SIGKILL); process.join()
@@ -74,13 +82,13 @@ def test_fifty_kills_change_nothing(tmp_path):
     argv = ("train", "--preset", "pico", "--stretch", 8, "--save-every", 3, "--quiet", "--device", "cpu", "--out")
     begun = time.time(); ends(start([*argv, tmp_path / "straight"]))
     took, struck, in_save, k = time.time() - begun, 0, 0, 0
-    while struck < KILLS:
+    while struck < KILLS or in_save < 5 and k < 20:
         out = tmp_path / f"killed{k}"; k += 1; out.mkdir()
-        n, s = kill_often([*argv, out], out, KILLS - struck, took / 4, seed=k)
+        n, s = kill_often([*argv, out], out, max(6, KILLS - struck), took / 4, seed=k)
         struck += n; in_save += s
         same(tmp_path / "straight", out)
     print(f"{struck} kills, {in_save} of them in a save, {k} runs")
-    assert struck == KILLS and in_save >= 5
+    assert struck >= KILLS and in_save >= 5
 
 
 def main():

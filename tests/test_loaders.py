@@ -47,7 +47,9 @@ def write_set(card, folder):
                 for kind, data in (("png", png(SCENES[k])), ("json", json.dumps(row_of(card, k, lambda *_: "https://somewhere/x.png")).encode())):
                     info = tarfile.TarInfo(f"{k:05d}.{kind}"); info.size = len(data); tar.addfile(info, io.BytesIO(data))
     elif card.meta["puma"]["format"] == "json":
-        def picture(k, column): (folder / f"{k}_{column}.png").write_bytes(png(SCENES[k])); return f"{k}_{column}.png"
+        def picture(k, column):
+            home = folder / card.meta["puma"].get("roots", {}).get(column, ""); home.mkdir(exist_ok=True)
+            (home / f"{k}_{column}.png").write_bytes(png(SCENES[k])); return f"{k}_{column}.png"
         (folder / "rows.jsonl").write_text("\n".join(json.dumps(row_of(card, k, picture)) for k in range(N)))
     else:  # parquet, as the hub stores it, with pictures inside
         rows = Dataset.from_list([row_of(card, k, lambda k, _: dict(bytes=png(SCENES[k]), path=None)) for k in range(N)])
@@ -220,6 +222,29 @@ def test_scientific_pictures_keep_their_brightness(mode, dtype, most):
     assert np.asarray(open_picture(f.getvalue())).mean() == pytest.approx(127.5, abs=2)
 
 
+def test_files_of_other_splits_are_left_alone(tmp_path):
+    "A set of the hub that was copied to a folder."
+    for split in ("train", "validation", "test"): write_set(CARDS["ocr-vqa-200k"], tmp_path); (tmp_path / "part-0.parquet").rename(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert len(CardSet(CARDS["ocr-vqa-200k"], tmp_path, "pretrain", 8)) == len(list(Loader(CARDS["ocr-vqa-200k"], tmp_path, "pretrain", 8))) == N
+
+
+def test_a_file_in_a_folder_beside_its_pictures(tmp_path):
+    (tmp_path / "jsons").mkdir(); (tmp_path / "1.png").write_bytes(png(SCENES[0])); (tmp_path / "jsons" / "other.jsonl").write_text("{}")
+    (tmp_path / "jsons" / "rows.jsonl").write_text(json.dumps(dict(image="1.png", conversations=TURNS)))
+    assert len(list(Loader(CARDS["cambrian"], tmp_path / "jsons" / "rows.jsonl", "instruct-understand", 8))) == 1
+
+
+def test_pictures_in_a_folder_that_is_named_from_here(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True); (tmp_path / "a" / "b" / "1.png").write_bytes(png(SCENES[0])); monkeypatch.chdir(tmp_path)
+    for card, stage in (("imagenet-val", "eval"), ("laion-2b", "decoders")): assert len(list(CardSet(CARDS[card], "a/b", stage, 8, least=0))) == len(list(Loader(CARDS[card], "a/b", stage, 8, least=0))) == 1
+
+
+def test_a_set_is_known_by_its_files_not_by_its_place(tmp_path):
+    for name in "abc": (tmp_path / name).mkdir(); write_set(CARDS["grit"], tmp_path / name)
+    with open(tmp_path / "c" / "00000.tar", "ab") as f: f.write(bytes(512))
+    a, b, c = (CardSet(CARDS["grit"], tmp_path / name, "pretrain", 8).mark for name in "abc"); assert a == b != c
+
+
 def test_rows_without_pictures_are_kept_where_the_card_says_so(tmp_path):
     (tmp_path / "1.png").write_bytes(png(SCENES[0]))
     (tmp_path / "rows.json").write_text(json.dumps([dict(image="1.png", conversations=TURNS), dict(conversations=[{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}])]))
@@ -231,8 +256,9 @@ def test_rows_without_pictures_are_kept_where_the_card_says_so(tmp_path):
 @pytest.mark.parametrize("kind", ["control_canny", "control_inpainting", "control_grayscale"])
 def test_half_of_the_conditions_say_their_task(kind, tmp_path):
     rows = [{kind: f"{k}.png", "source": f"{k}.png", "prompt": "a cross"} for k in range(N)]
-    for k in range(N): (tmp_path / f"{k}.png").write_bytes(png(SCENES[k]))
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for home in ("images", "conditions", "json_files"): (tmp_path / home).mkdir()  # as UniControl lays them out
+    for k in range(N): [(tmp_path / home / f"{k}.png").write_bytes(png(SCENES[k])) for home in ("images", "conditions")]
+    (tmp_path / "json_files" / "rows.json").write_text(json.dumps(rows))
     said = Counter(s["segments"][1]["text"] for seed in range(20) for s in Loader(CARDS["multigen-20m"], tmp_path, "instruct-condition", 8, seed))
     assert set(said) == {"a cross", f"{ASK[kind]}. a cross"} and abs(said["a cross"] / 80 - .5) < .2
 

@@ -215,6 +215,9 @@ def train(
                  decoders=dict(parts=_parts(parts), images=images, cache=cache), pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
     end_processes()
     if not is_main(): return
+    _say_done(folder, preset)
+
+def _say_done(folder, preset):
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
     done = next((s for s in ("instruct", "pretrain") if read_stage(folder, s)), None)

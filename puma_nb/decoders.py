@@ -24,7 +24,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
 from fastcore.basics import patch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionModel
@@ -231,23 +230,6 @@ class DecoderTask(Task):
 
     def reads(self): return dict(images=len(self.data), first=fingerprint(self.data.images[:1]))
 
-    def batch(self, positions, step):
-        d, device, key = self.preset.decoder, next(self.model.parameters()).device, (self.seed, self.name)
-        scale = self.scales[step % len(self.scales)]
-        x0, f0 = self.data.rows(sample_ids(positions, len(self.data), seed_of(*key)))
-        u = np.array([np_rng(*key, "choice", int(p)).random(4) for p in positions])
-        blank = torch.tensor(u[:, 0] < d.blank)
-        x0 = torch.where(blank.view(-1, 1, 1, 1), self.data.black_latent, x0)
-        grid = pyramid(f0, scale)[scale]
-        amount = torch.tensor(np.where(u[:, 1] < .5, u[:, 2] * d.feature_noise[scale], 0), dtype=torch.float32).view(-1, 1, 1)
-        grid = grid + amount * self.data.stats.std[scale] * noise_for(positions, *grid.shape[1:], keys=(*key, "features"))
-        grid = torch.where(blank.view(-1, 1, 1), pyramid(self.data.black_f0, scale)[scale], grid)
-        if d.normalize and len(self.scales) > 1: grid = self.data.stats.normalize(grid, scale)  # a dedicated decoder does this itself
-        noise = noise_for(positions, *x0.shape[1:], keys=(*key, "noise"))
-        noise = noise + d.noise_offset * noise_for(positions, x0.shape[1], 1, 1, keys=(*key, "offset"))
-        t = torch.tensor((u[:, 3] * 1000).astype(int))
-        return {k: v.to(device) for k, v in dict(x0=x0, noise=noise, t=t, features=grid, position=1 - blank.float()).items()}
-
     def counts(self, b): return dict(denoise=b["x0"].numel())
 
     def sample(self, model, step, folder):
@@ -266,6 +248,25 @@ class DecoderTask(Task):
         error = (model(xt, b["t"], b["features"], b["position"]).float() - target) ** 2
         if d.min_snr: error = error * snr_weight(self.schedule, b["t"], d.min_snr, d.prediction).view(-1, 1, 1, 1)
         return dict(denoise=error.sum())
+
+# %% ../nbs/02_decoders.ipynb #75284616
+@patch
+def batch(self: DecoderTask, positions, step):
+    d, device, key = self.preset.decoder, next(self.model.parameters()).device, (self.seed, self.name)
+    scale = self.scales[step % len(self.scales)]
+    x0, f0 = self.data.rows(sample_ids(positions, len(self.data), seed_of(*key)))
+    u = np.array([np_rng(*key, "choice", int(p)).random(4) for p in positions])
+    blank = torch.tensor(u[:, 0] < d.blank)
+    x0 = torch.where(blank.view(-1, 1, 1, 1), self.data.black_latent, x0)
+    grid = pyramid(f0, scale)[scale]
+    amount = torch.tensor(np.where(u[:, 1] < .5, u[:, 2] * d.feature_noise[scale], 0), dtype=torch.float32).view(-1, 1, 1)
+    grid = grid + amount * self.data.stats.std[scale] * noise_for(positions, *grid.shape[1:], keys=(*key, "features"))
+    grid = torch.where(blank.view(-1, 1, 1), pyramid(self.data.black_f0, scale)[scale], grid)
+    if d.normalize and len(self.scales) > 1: grid = self.data.stats.normalize(grid, scale)  # a dedicated decoder does this itself
+    noise = noise_for(positions, *x0.shape[1:], keys=(*key, "noise"))
+    noise = noise + d.noise_offset * noise_for(positions, x0.shape[1], 1, 1, keys=(*key, "offset"))
+    t = torch.tensor((u[:, 3] * 1000).astype(int))
+    return {k: v.to(device) for k, v in dict(x0=x0, noise=noise, t=t, features=grid, position=1 - blank.float()).items()}
 
 # %% ../nbs/02_decoders.ipynb #334353bf
 @torch.no_grad()
@@ -420,8 +421,7 @@ def from_puma_checkpoint(
     path = Path(folder) / f"unet_{TOKENS[scale]}"
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
     if not files or not (path / "config.json").exists(): raise UserError(f"{path}: config.json and diffusion_pytorch_model*.safetensors are needed there")
-    try: state = {_own_name(k): v for f in files for k, v in load_file(f).items()}
-    except (OSError, SafetensorError) as e: raise UserError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from None
+    with reading(path, "decoder"): state = {_own_name(k): v for f in files for k, v in load_file(f).items()}
     if "mapping_layer.weight" not in state: raise UserError(f"{path}: the checkpoint lacks mapping_layer.weight")
     decoder = _decoder_like(json.loads((path / "config.json").read_text()), scale, state["mapping_layer.weight"].shape[1])
     _compare(state, decoder.state_dict(), path)

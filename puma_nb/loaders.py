@@ -232,20 +232,24 @@ class Loader:
         self._check(last=True)
         if not self.kept: raise self.trouble("no usable rows")
 
-    @property
-    def broken(self): return sum(v for k, v in self.skipped.items() if k not in ("too small", "left out by a rule", "in another set"))
+# %% ../nbs/00f_loaders.ipynb #90452ce5
+@patch(as_prop=True)
+def broken(self: Loader): return sum(v for k, v in self.skipped.items() if k not in ("too small", "left out by a rule", "in another set"))
 
-    def _check(self, last=False): # small counts say little
-        total = self.kept + self.broken
-        if (total >= 50 or last) and self.broken > self.max_broken * total: raise self.trouble(f"{self.broken} of {total} rows cannot be used, at most {self.max_broken:.0%} may be broken")
+@patch
+def _check(self: Loader, last=False): # small counts say little
+    total = self.kept + self.broken
+    if (total >= 50 or last) and self.broken > self.max_broken * total: raise self.trouble(f"{self.broken} of {total} rows cannot be used, at most {self.max_broken:.0%} may be broken")
 
-    def trouble(self, what): # An error, with the counts
-        hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder" if self.skipped[ADDRESS] else ""
-        return UserError(f"{self.card.name} in {self.source}: {what} ({', '.join(f'{k}: {v}' for k, v in self.skipped.most_common())}){hint}")
+@patch
+def trouble(self: Loader, what): # An error, with the counts
+    hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder" if self.skipped[ADDRESS] else ""
+    return UserError(f"{self.card.name} in {self.source}: {what} ({', '.join(f'{k}: {v}' for k, v in self.skipped.most_common())}){hint}")
 
-    def report(self): # One line
-        "What came through, and what did not."
-        return f"{self.card.name}: {self.kept} samples" + (", left out: " + ", ".join(f"{k} {v}" for k, v in self.skipped.most_common()) if self.skipped else "")
+@patch
+def report(self: Loader): # One line
+    "What came through, and what did not."
+    return f"{self.card.name}: {self.kept} samples" + (", left out: " + ", ".join(f"{k} {v}" for k, v in self.skipped.most_common()) if self.skipped else "")
 
 # %% ../nbs/00f_loaders.ipynb #8daa6e10
 @patch
@@ -262,8 +266,10 @@ def left_out(self: Loader, row):
     name = _find(row, drop["column"]); name = name.get("path") if isinstance(name, dict) else name  # of a picture, its name
     return isinstance(name, str) and any(fnmatch.fnmatch(name.lower(), m.lower()) for m in drop["match"])
 
+# %% ../nbs/00f_loaders.ipynb #464e488e
 @patch
 def usable(self: Loader, row, rng):
+    "A sample of a row that is as its card says."
     if "broken" in row: raise Skip(row["broken"])
     if self.left_out(row): raise Skip("left out by a rule")
     fields = fields_of(self.card, row)
@@ -290,6 +296,7 @@ def mark_of(sample): # A fingerprint
     "What makes two samples the same: their words and their pixels."
     return hashlib.sha256(repr(sorted(g["text"] for g in sample["segments"])).encode() + b"".join(t.numpy().tobytes() for t in sample["images"])).hexdigest()
 
+# %% ../nbs/00f_loaders.ipynb #bf6efa4d
 @patch
 def crop(self: Loader, pictures, fields, rng):
     "Square pictures in the order of `PICTURES`; boxes and caption follow the crop."
@@ -323,32 +330,36 @@ class CardSet:
 
     def __iter__(self): return (self[k] for k in range(len(self)))  # one epoch; positions go on for ever
 
-    def locate(self, position: int): # (shard, row)
-        "Which row a position reads."
-        epoch, at = divmod(int(position), len(self))
-        shards = [int(s) for s in np_rng("shards", self.seed, epoch).permutation(len(self.counts)) if self.counts[s]]
-        for g in range(0, len(shards), self.group):
-            mixed = shards[g:g + self.group]; n = sum(self.counts[s] for s in mixed)
-            if at >= n: at -= n; continue
-            at = int(_order(n, self.seed, epoch, g)[at])
-            for s in mixed:
-                if at < self.counts[s]: return s, at
-                at -= self.counts[s]
+# %% ../nbs/00f_loaders.ipynb #5689fa8c
+@patch
+def locate(self: CardSet, position: int): # (shard, row)
+    "Which row a position reads."
+    epoch, at = divmod(int(position), len(self))
+    shards = [int(s) for s in np_rng("shards", self.seed, epoch).permutation(len(self.counts)) if self.counts[s]]
+    for g in range(0, len(shards), self.group):
+        mixed = shards[g:g + self.group]; n = sum(self.counts[s] for s in mixed)
+        if at >= n: at -= n; continue
+        at = int(_order(n, self.seed, epoch, g)[at])
+        for s in mixed:
+            if at < self.counts[s]: return s, at
+            at -= self.counts[s]
 
-    def __getitem__(self, position): # A sample
-        "The sample at a position; if its row cannot be used, the next one in order that can."
-        for k in range(len(self)):
-            try: sample = self.read(*self.locate(position + k), int(position))
-            except Skip as e:
-                with self.lock: self.loader.skipped[str(e)] += 1; self.loader._check()
-                continue
-            with self.lock: self.loader.kept += 1
-            return sample
-        raise self.loader.trouble("no usable rows")
+@patch
+def __getitem__(self: CardSet, position): # A sample
+    "The sample at a position; if its row cannot be used, the next one in order that can."
+    for k in range(len(self)):
+        try: sample = self.read(*self.locate(position + k), int(position))
+        except Skip as e:
+            with self.lock: self.loader.skipped[str(e)] += 1; self.loader._check()
+            continue
+        with self.lock: self.loader.kept += 1
+        return sample
+    raise self.loader.trouble("no usable rows")
 
-    def read(self, shard, row, key): # A sample; `key` chooses crops and directions
-        if (shard, row) in self.left_out: raise Skip("in another set")
-        return self.loader.sample(self.tables[shard][row], np_rng(self.seed, self.loader.card.name, key))
+@patch
+def read(self: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
+    if (shard, row) in self.left_out: raise Skip("in another set")
+    return self.loader.sample(self.tables[shard][row], np_rng(self.seed, self.loader.card.name, key))
 
 @lru_cache(maxsize=8)
 def _order(n, seed, epoch, group): return np_rng("rows", seed, epoch, group).permutation(n)
@@ -362,7 +373,7 @@ def leave_out_duplicates(
     "Compare sets whose cards ask for it, and leave out what an earlier one brings already."
     asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
     todo = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())]
-    about = [[n, str(sets[n].loader.source), sets[n].counts, sets[n].loader.side] for n in todo]
+    about = [[n, sets[n].mark, sets[n].counts, sets[n].loader.side] for n in todo]
     kept = _kept(keep) if keep and Path(keep).exists() else {}
     found = kept["rows"] if kept.get("about") == about else _duplicates({n: sets[n] for n in todo}, progress)
     if keep and todo and kept.get("about") != about: Path(keep).parent.mkdir(parents=True, exist_ok=True); save_json(dict(about=about, rows=found), keep)

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -154,6 +155,7 @@ class RegressionHead(nn.Linear):
 
 HEADS = dict(regression=RegressionHead)
 
+# %% ../nbs/03_mllm.ipynb #7d4e36ac
 class PumaForConditionalGeneration(PreTrainedModel):
     "LLaMA with an in- and an out-projector for image features."
     config_class = PumaConfig
@@ -289,25 +291,6 @@ class MLLMTask(Task):
         ends = 2 * m.hidden_size * (text * m.vocab_size + 2 * sum(found.values()) * b["features"].shape[-1])
         return dict(tokens=tokens, room=b["mask"].numel(), flops=3 * (2 * layers * tokens + attention + ends))
 
-    def stop(self, step): # the scale after which this step's images end: a function of the step
-        return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
-
-    def choose(self, positions, step): return thin_out(positions, len(slots(self.stop(step), self.preset.mllm.first_scale)), self.preset.mllm.thin)
-
-    def gather(self, positions): # the segments of each sample, and the features that they refer to
-        return [self.sets[n][sample_ids([k], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, k in draw(positions, self.shares, self.seed)], self.store
-
-    def batch(self, positions, step):
-        stop, m = self.stop(step), self.preset.mllm
-        segments, store = self.gather(positions)
-        b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments], store, self.tokenizer.pad_token_id)
-        share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
-        amount = share * torch.tensor(m.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
-        b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs")) if any(m.feature_noise) else b["features"]
-        if m.head != "regression": b["noise"] = noise_for(positions, b["ids"].shape[1], b["features"].shape[2] + 1, keys=(self.seed, "head"))  # one more for the time
-        b = pack(b, m.pack) if m.pack else b
-        return {k: v.to(next(self.model.parameters()).device) for k, v in b.items()}
-
     def counts(self, b): return {k: int(v.sum()) for k, v in targets(b).items()}
 
     def losses(self, model, b, step): return loss_terms(model, b, b["inputs"])
@@ -316,6 +299,30 @@ class MLLMTask(Task):
         projectors = [p for n, p in self.model.named_parameters() if "projector" in n]
         rest = [p for n, p in self.model.named_parameters() if "projector" not in n]
         return [dict(params=projectors, lr=stage.lr_projector or stage.lr), dict(params=rest, lr=stage.lr)]
+
+# %% ../nbs/03_mllm.ipynb #a88bf90a
+@patch
+def stop(self: MLLMTask, step): # the scale after which this step's images end: a function of the step
+    return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
+
+@patch
+def choose(self: MLLMTask, positions, step): return thin_out(positions, len(slots(self.stop(step), self.preset.mllm.first_scale)), self.preset.mllm.thin)
+
+@patch
+def gather(self: MLLMTask, positions): # the segments of each sample, and the features that they refer to
+    return [self.sets[n][sample_ids([k], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, k in draw(positions, self.shares, self.seed)], self.store
+
+@patch
+def batch(self: MLLMTask, positions, step):
+    stop, m = self.stop(step), self.preset.mllm
+    segments, store = self.gather(positions)
+    b = collate([build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments], store, self.tokenizer.pad_token_id)
+    share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
+    amount = share * torch.tensor(m.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
+    b["inputs"] = b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs")) if any(m.feature_noise) else b["features"]
+    if m.head != "regression": b["noise"] = noise_for(positions, b["ids"].shape[1], b["features"].shape[2] + 1, keys=(self.seed, "head"))  # one more for the time
+    b = pack(b, m.pack) if m.pack else b
+    return {k: v.to(next(self.model.parameters()).device) for k, v in b.items()}
 
 # %% ../nbs/03_mllm.ipynb #9515f417
 def prepare_samples(

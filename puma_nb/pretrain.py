@@ -165,14 +165,11 @@ def release(source): # A folder, or hf:NAME: a folder either way
 
 def _taken(source, read, kinds=(), **wanted): # what `read` makes of the folder; `wanted`: numbers of the preset, by the configuration's names
     folder = release(source)
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    with reading(source, "model"), quietly():
+        config = AutoConfig.from_pretrained(folder); part = getattr(config, "vision_config", config)
         if kinds and config.model_type not in kinds: raise UserError(f"{source} holds a model of type {config.model_type}; wanted: {' or '.join(kinds)}")
-        part = getattr(config, "vision_config", config)
         if wrong := [f"{k} {getattr(part, k)} instead of {v}" for k, v in wanted.items() if getattr(part, k) != v]: raise UserError(f"{source} does not fit the preset: {', '.join(wrong)}")
-        with quietly(): return read(folder)
-    except UserError: raise
-    except Exception as e: raise UserError(f"{source} cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''})") from None
+        return read(folder)
 
 def take_released(
     preset: Preset, out,

@@ -465,35 +465,38 @@ class Session:
         positions = lambda s: np.arange(s * stage.batch, (s + 1) * stage.batch)
         self.batches = Batches(lambda s: micro_batches(a, task, positions(s), s, run.accumulate), stage.steps, run.ahead)
 
-    def step(self, step):
-        "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
-        for g, peak in zip(self.optimizer.param_groups, self.peaks): g["lr"] = peak * lr_factor(step, self.stage.steps, self.stage.warmup, self.stage.schedule)
-        torch.manual_seed(seed_of(self.seed, self.name, step))
-        micro, waited = self.read(step)
-        terms = train_step(self.accelerator, self.task, self.losses, None, step, micro=micro)
-        norm = float(gathered(self.accelerator.clip_grad_norm_(self.params, self.stage.clip)))
-        if bad := is_bad(norm, self.watch, self.run.spike): self.refuse(step, micro, terms, norm)
-        else: self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if bad: return
-        if self.ema: self.ema.step(self.params)
-        if self.run.norms_every and not (self.sharded or self.zero) and (step + 1) % self.run.norms_every == 0: terms |= term_norms(self.accelerator, self.task, micro, step)
-        spent = [self.task.work(b) for b, _ in micro]
-        self.log.add({**terms, "grad_norm": norm}, samples=self.stage.batch, waited=waited, **{k: self.accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
-
-    def read(self, step): # (micro-batches, seconds waited)
-        "The batch of a step; if any process cannot read its own, all save what there is and stop."
-        try: found, trouble = self.batches(step), None
-        except (OSError, UserError) as e: found, trouble = None, str(e)
-        if _all_agree(self.accelerator, trouble is not None):
-            if step > self.begun: self.save(step)
-            self.accelerator.wait_for_everyone()
-            raise UserError(f"{self.name}: step {step}: {trouble or 'another process cannot read its data'}" + ("; what was learnt before is saved, go on with --resume" if self.out and step > self.begun else ""))
-        return found
-
     def row(self, done): # The loss, for the progress bar
         "Close a row of the log."
         return self.log.write(done, self.optimizer.param_groups[0]["lr"], self.ceiling, _memory(self.accelerator.device))["loss"]
+
+# %% ../nbs/00c_training.ipynb #cc375c1a
+@patch
+def step(self: Session, step):
+    "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
+    for g, peak in zip(self.optimizer.param_groups, self.peaks): g["lr"] = peak * lr_factor(step, self.stage.steps, self.stage.warmup, self.stage.schedule)
+    torch.manual_seed(seed_of(self.seed, self.name, step))
+    micro, waited = self.read(step)
+    terms = train_step(self.accelerator, self.task, self.losses, None, step, micro=micro)
+    norm = float(gathered(self.accelerator.clip_grad_norm_(self.params, self.stage.clip)))
+    if bad := is_bad(norm, self.watch, self.run.spike): self.refuse(step, micro, terms, norm)
+    else: self.optimizer.step()
+    self.optimizer.zero_grad(set_to_none=True)
+    if bad: return
+    if self.ema: self.ema.step(self.params)
+    if self.run.norms_every and not (self.sharded or self.zero) and (step + 1) % self.run.norms_every == 0: terms |= term_norms(self.accelerator, self.task, micro, step)
+    spent = [self.task.work(b) for b, _ in micro]
+    self.log.add({**terms, "grad_norm": norm}, samples=self.stage.batch, waited=waited, **{k: self.accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
+
+@patch
+def read(self: Session, step): # (micro-batches, seconds waited)
+    "The batch of a step; if any process cannot read its own, all save what there is and stop."
+    try: found, trouble = self.batches(step), None
+    except (OSError, UserError) as e: found, trouble = None, str(e)
+    if _all_agree(self.accelerator, trouble is not None):
+        if step > self.begun: self.save(step)
+        self.accelerator.wait_for_everyone()
+        raise UserError(f"{self.name}: step {step}: {trouble or 'another process cannot read its data'}" + ("; what was learnt before is saved, go on with --resume" if self.out and step > self.begun else ""))
+    return found
 
 # %% ../nbs/00c_training.ipynb #edb51bd5
 @patch

@@ -217,7 +217,8 @@ def train(
     if not is_main(): return
     _say_done(folder, preset)
 
-def _say_done(folder, preset):
+# %% ../nbs/07_cli.ipynb #a371baac
+def _say_done(folder, preset): # the gates of each stage, and what to do next
     for s in STAGES:
         if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
     done = next((s for s in ("instruct", "pretrain") if read_stage(folder, s)), None)

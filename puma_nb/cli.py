@@ -63,13 +63,15 @@ def demo(
     model: str = None,     # Folder of a trained system; the shipped weights by default
     out: str = "out",      # Folder for demo.png
     seed: int = 0,         # The first of two seeds
+    fast: store_true = False,  # Write whole scales at once
+    plain: store_true = False, # Leave scales as they are written, without making them consistent
     json: str = None       # File for the numbers
 ):
     "One prompt at five scales, with two seeds: DIR/demo.png"
     if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
     if "ipykernel" not in sys.modules: import matplotlib; matplotlib.use("agg")  # no window; in a notebook pictures stay where they are
     folder, puma = writable_folder(out), Puma(model)
-    rows = [puma.generate(prompt, SCALES, s) for s in (seed, seed + 1)]
+    rows = [puma.generate(prompt, SCALES, s, fast, False if plain else None) for s in (seed, seed + 1)]
     fig = show_images([r[i][0] for r in rows for i in COARSE_TO_FINE], [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE] * 2, cols=5, size=1.9,
                       rows_titles=[f"seed {s}" for s in (seed, seed + 1)], suptitle=prompt)
     fig.savefig(folder / "demo.png", dpi=130, bbox_inches="tight")
@@ -87,6 +89,8 @@ def generate(
     model: str = None,  # Folder of a trained system; the shipped weights by default
     out: str = "out",   # Folder for the images
     seed: int = 0,      # The first seed
+    fast: store_true = False,  # Write whole scales at once
+    plain: store_true = False, # Leave scales as they are written, without making them consistent
     json: str = None    # File for the numbers
 ):
     "Images for a caption: DIR/f4_0.png, ..."
@@ -94,9 +98,10 @@ def generate(
     if n < 1: raise UserError("--n must be at least 1")
     scales = None if scale == "auto" else _scales(scale)
     folder, puma, seeds = writable_folder(out), Puma(model), list(range(seed, seed + n))
-    if scales: pictures = puma.generate([prompt] * n, scales, seeds)
+    how = dict(fast=fast, consistent=False if plain else None)
+    if scales: pictures = puma.generate([prompt] * n, scales, seeds, **how)
     else:
-        best, chosen = puma.generate_auto([prompt] * n, seeds=seeds); pictures = {}
+        best, chosen = puma.generate_auto([prompt] * n, seeds=seeds, **how); pictures = {}
         for k, (x, i) in enumerate(zip(best, chosen)): pictures.setdefault(i, {})[k] = x
         print("chosen by reading the pictures back:", " ".join(f"f{i}" for i in chosen))
     _save_all(pictures, folder)
@@ -111,13 +116,16 @@ def edit(
     model: str = None,  # Folder of a trained system; the shipped weights by default
     out: str = "out",   # Folder for edit_0.png, ...
     seed: int = 0,      # The first seed
+    fast: store_true = False,  # Write whole scales at once
+    plain: store_true = False, # Leave scales as they are written, without making them consistent
     json: str = None    # File for the numbers
 ):
     "Edit an image by an instruction: DIR/edit_0.png"
     if n < 1: raise UserError("--n must be at least 1")
     i, folder, puma = parse_scale(scale), writable_folder(out), Puma(model)
     x = _photo(image, puma.side)
-    files = [save_image(puma.edit(x, instruction, (i,), seed + k)[i][0], folder / f"edit_{k}.png") for k in range(n)]
+    edited = [puma.edit(x, instruction, (i,), seed + k, fast, False if plain else None)[i][0] for k in range(n)]
+    files = [save_image(y, folder / f"edit_{k}.png") for k, y in enumerate(edited)]
     print("\n".join(map(str, files)))
     _numbers(json, dict(instruction=instruction, scale=i, files=list(map(str, files))))
 
@@ -233,6 +241,7 @@ def evaluate(
     prompts: str = None,   # One caption a line: score the pictures of --images
     lpips: str = "random", # Trunk of table 1's LPIPS: random, or alexnet (the paper's; torchvision downloads it)
     resize: str = "squash", # How table 1 makes pictures square: squash (as the released code) or crop
+    split: str = None,     # Of table world: test (the default), or val for choosing settings
     stage: str = None,     # pretrain: the language model before tuning; by default the tuned one
     seed: int = 0,         # Which samples
     json: str = None       # File for the numbers
@@ -247,12 +256,14 @@ def evaluate(
         "--resize needs --images: the world's scenes are square": resize != "squash" and not images,
         "--images goes with --table 1, or with --prompts": images and not prompts and table != "1",
         "--n must be at least 1": n < 1,
+        "--split is for --table world": split is not None and "world" not in asked,
         f"unknown stage {stage!r}: choose pretrain or instruct": stage not in (None, "pretrain", "instruct"),
     })
     if prompts: results = [score_files(images, prompts)]
     else:
         puma = Puma(model, stage=stage)
-        results = [TABLES[t](puma, n, seed, **(dict(source=images, resize=resize, trunk=lpips) if t == "1" else {})) for t in asked]
+        more = {"1": dict(source=images, resize=resize, trunk=lpips), "6": {}, "world": dict(split=split or "test")}
+        results = [TABLES[t](puma, n, seed, **more[t]) for t in asked]
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
 

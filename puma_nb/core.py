@@ -7,7 +7,7 @@ __all__ = ['GRID', 'SCALES', 'COARSE_TO_FINE', 'SIDES', 'TOKENS', 'REDUCTIONS', 
            'tokens_until', 'UserError', 'parse_scale', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset',
            'DecoderPreset', 'MLLMPreset', 'StagePreset', 'Preset', 'make_preset', 'get_preset', 'seed_of', 'np_rng',
            'torch_rng', 'noise_for', 'pick_device', 'has_bf16', 'autocast', 'memory_format', 'reading', 'quietly',
-           'budget', 'load_image', 'writable_folder', 'to_pil', 'save_image', 'show_images', 'package_dir']
+           'budget', 'claim', 'load_image', 'writable_folder', 'to_pil', 'save_image', 'show_images', 'package_dir']
 
 # %% ../nbs/00_core.ipynb #0bfffd3f
 import hashlib, os
@@ -125,6 +125,13 @@ class MLLMPreset:
     thin: int               # images of twice this many tokens come with half the sequences, and so on; 0: never
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
+    parent_path: bool       # a position knows the cell it writes and its parent in the coarser grid
+    consistency: bool       # a written scale is shifted so that its 2x2 means are the coarser scale
+    at_once: float          # share of training steps in which fine scales are written at once
+    whole_scale: int        # this scale and all finer ones can be written at once
+    text_mean: str          # "token": every learnt token counts alike; "segment": as 1 / sqrt(words of its segment)
+    structure_weight: float # of [IMG], [/IMG] and </s>, where "segment" keeps them out of the text's mean
+    disturbed_words: float  # share of learnt colour words that are fed in wrongly or not at all
 
 # %% ../nbs/00_core.ipynb #3e20c9f2
 @dataclass(frozen=True)
@@ -194,8 +201,11 @@ _NANO = {
         kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"), tied=(False, "LLaMA-3 8B"),
         text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: 1, 8, 64, 512, 1024 in A.2.1"), reduction=("mean", "ours: one mean a scale"),
         first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(128, "ours: a step of tuning took 0.18 s instead of 0.21 s"),
-        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.25, 0.50, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: no step has many more tokens than one that stops at f2"),
-        read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores")),
+        feature_noise=((0.9, 0.7, 0.35, 0.3, 0.2), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.30, 0.45, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: no step has many more tokens than one that stops at f2"),
+        read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
+        parent_path=(True, "ours: f1 and f0 fail without (chapter 3)"), consistency=(True, "ours: Eq. 1 says that they must agree"),
+        at_once=(0.5, "ours: the same weights write whole scales, too"), whole_scale=(1, "ours: f4 to f2 are few tokens"), text_mean=("segment", "ours: a caption has twenty words, an answer one"),
+        structure_weight=(0.03, "ours: a tenth of the text's"), disturbed_words=(0.15, "ours: against learnt pairs of words")),
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
     "stage.base": _stage(3000, 64, 1.5e-3, 100, ema=_EMA),
@@ -203,6 +213,13 @@ _NANO = {
     "stage.f3": _stage(375, 64, 1e-3, 50, ema=_EMA), "stage.f4": _stage(250, 64, 1e-3, 50, ema=_EMA),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
     "stage.instruct": _stage(5500, 48, 6e-4, 50, _COSINE, _CLIP5),
+}
+
+# %% ../nbs/00_core.ipynb #baf3af4f
+_OFF = "the paper has none"
+_PLAIN = {
+    "mllm": dict(parent_path=(False, _OFF), consistency=(False, _OFF), at_once=(0.0, _OFF), text_mean=("token", "Eq. 2"), structure_weight=(0.0, _OFF),
+                 disturbed_words=(0.0, _OFF)),
 }
 
 # %% ../nbs/00_core.ipynb #32b9fc90
@@ -246,7 +263,8 @@ _PAPER = {
     "mllm": dict(vocab_size=(128256, _LLAMA), hidden_size=(4096, _LLAMA), layers=(32, _LLAMA), heads=(32, _LLAMA), kv_heads=(8, _LLAMA), mlp_size=(14336, _LLAMA), rope_theta=(500000.0, _LLAMA), tied=(False, _LLAMA),
         text_weight=(0.02, "A.2.1"), scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"), reduction=("proportional", "inferred: the literal sum would drown the text (Eq. 2, A.2.1)"),
         first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(4096, "ours: the paper does not say"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), thin=(0, "A.2: each step has the whole batch"),
-        read_scale=(0, "3.3"), attention=("fused", "ours")),
+        read_scale=(0, "3.3"), attention=("fused", "ours"),
+        parent_path=(False, _OFF), consistency=(False, _OFF), at_once=(0.0, _OFF), whole_scale=(1, _OFF), text_mean=("token", "Eq. 2"), structure_weight=(0.0, _OFF), disturbed_words=(0.0, _OFF)),
     "stage.encoder": _RELEASED, "stage.autoencoder": _RELEASED, "stage.base": _RELEASED,
     **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", (1.0, "A.1")) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
     "stage.pretrain": _long(100000, 2048, 3e-5, 2000, "A.2", "cosine", (5.0, "A.2"), (1e-4, "A.2")),
@@ -263,7 +281,7 @@ _BASE = {
 }
 
 # %% ../nbs/00_core.ipynb #996565dd
-PRESETS = dict(pico=make_preset("pico", _PICO, _NANO), nano=make_preset("nano", _NANO), mini=make_preset("mini", _MINI, _NANO), base=make_preset("base", _BASE, _PAPER), paper=make_preset("paper", _PAPER))
+PRESETS = dict(pico=make_preset("pico", _PICO, _NANO), **{"nano-plain": make_preset("nano-plain", _PLAIN, _NANO)}, nano=make_preset("nano", _NANO), mini=make_preset("mini", _MINI, _NANO), base=make_preset("base", _BASE, _PAPER), paper=make_preset("paper", _PAPER))
 
 def get_preset(name: str): # One of `PRESETS`
     "A preset by its name."
@@ -341,6 +359,12 @@ def quietly():
 def budget(full: int, test: int): # Steps in a full run, steps under `IN_TEST`
     "How much work this cell does."
     return test if os.environ.get("IN_TEST") else full
+
+# %% ../nbs/00_core.ipynb #2621e790
+def claim(holds, sentence: str):
+    "State a result with its figures; fails where it does not hold, unless this is a short run."
+    print(sentence)
+    if not os.environ.get("IN_TEST"): assert holds, f"this does not hold: {sentence}"
 
 # %% ../nbs/00_core.ipynb #ca0f7f4f
 ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -6,8 +6,9 @@
 __all__ = ['SYSTEM', 'COLORIZE', 'POSITIONS', 'GROUND', 'BUILDERS', 'FIELDS', 'SAMPLE', 'IMAGE_SUFFIXES', 'MAX_BROKEN',
            'SPECIALS', 'MIXED', 'text', 'image', 't2i_sample', 'caption_sample', 'question_sample', 'edit_sample',
            'condition_sample', 'read_sample', 'passage_sample', 'box_tokens', 'boxes_in', 'ground_caption',
-           'ground_sample', 'Card', 'read_card', 'load_cards', 'world_samples', 'as_dataset', 'pixels', 'image_files',
-           'image_set', 'add_puma_tokens', 'train_tokenizer', 'to_ids', 'sample_ids', 'draw', 'mixture_ids']
+           'ground_sample', 'Card', 'read_card', 'load_cards', 'kind_of_edit', 'world_samples', 'as_dataset', 'pixels',
+           'image_files', 'image_set', 'add_puma_tokens', 'train_tokenizer', 'to_ids', 'sample_ids', 'draw',
+           'mixture_ids']
 
 # %% ../nbs/00b_data.ipynb #5962caee
 import io, re
@@ -138,6 +139,10 @@ def _png(t):
     f = io.BytesIO(); to_pil(t.float() / 255).save(f, "PNG", compress_level=1)
     return dict(bytes=f.getvalue(), path=None)
 
+def kind_of_edit(k: int, seed: int = 0, kinds=EDITS): # One of `kinds`
+    "The kind of edit that sample k shows: drawn first, then a scene that allows it is looked for."
+    return str(np_rng("kind", seed, k).choice(kinds))
+
 def world_samples(
     builder: str,          # A key of `BUILDERS`
     n: int,
@@ -148,7 +153,9 @@ def world_samples(
 ): # A list of n samples whose images are uint8 tensors
     "Samples of one kind, from scenes 0, 1, 2, ... of a split."
     out, i, scene_of = [], 0, sample_sign if builder == "read" else sample_scene
+    edits = kwargs.get("kinds", EDITS)
     while len(out) < n:
+        if builder == "edit": kwargs["kinds"] = (kind_of_edit(len(out), seed, edits),)
         s = BUILDERS[builder](scene_of(seed, i, split, max_objects), np_rng("sample", seed, i, builder), **kwargs)
         out += [s] if s else []; i += 1
     return out

@@ -32,7 +32,7 @@ from .processor import *
 from .system import *
 
 # %% ../nbs/04_pretrain.ipynb #9ebc945f
-PRETRAIN_SHARES = dict(t2i=0.43, caption=0.43, ground=0.06, read=0.06, passage=0.02)  # A.2.2: pairs go both ways, half and half, and so do boxes; the shares of boxes, signs and passages are ours
+PRETRAIN_SHARES = dict(t2i=0.41, caption=0.41, ground=0.06, read=0.10, passage=0.02)  # A.2.2: pairs go both ways, half and half, and so do boxes; the shares of boxes, signs and passages are ours
 
 def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Both directions of the world's image-text pairs, signs to read, and passages without pictures."
@@ -98,7 +98,7 @@ def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's s
     written = [c for k in range(0, len(images), batch) for c in puma.caption(images[k:k + batch])]
     return score_scenes(scenes, [parse_caption(c) for c in written])
 
-def t2i_score(puma: Puma, scenes, scales=(4, 3, 2), seed: int = 0, batch: int = 100): # {scale: the world's score}
+def t2i_score(puma: Puma, scenes, scales=SCALES, seed: int = 0, batch: int = 100): # {scale: the world's score}
     "Images for full captions, read by the oracle and scored."
     found = {i: [] for i in scales}
     for k in range(0, len(scenes), batch):

@@ -37,6 +37,11 @@ class Puma:
         f0 = encode_images(self.decoders.encoder, images) if images is not None else torch.zeros(1, TOKENS[0], self.model.config.feature_size)
         return prompt_batch(segments_list, self.tokenizer, FeatureStore(f0, self.model.stats), self.read if read is None else read, image, self.model.config.first_scale)
 
+    def paint(self, b, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: B x 3 x H x W}
+        "Write images for a batch of prompts, down to the finest of `scales`, and decode the named ones."
+        write = write_scales if fast else write_image
+        return self.decode(write(self.model, b, min(scales), consistent=consistent), scales, seeds)
+
     def decode(self, grids, scales, seeds): # {scale: B x 3 x H x W}
         "Decode the named scales of written pyramids."
         return {i: self.decoders.decode(grids[i], i, seeds) for i in scales}
@@ -55,25 +60,28 @@ def generate(
     self: Puma,
     prompts,        # A caption, or a list
     scales=(2,),    # Scales to decode; writing stops at the finest of them
-    seeds=0         # One seed, or one for each prompt
+    seeds=0,        # One seed, or one for each prompt
+    fast=False,     # Write whole scales at once
+    consistent=None # Make each scale agree with the coarser one; None: as the preset says
 ): # {scale: N x 3 x H x W in 0..1}
     "Images for captions."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(p.strip() for p in prompts): raise UserError("the prompt is empty: describe a picture, say \"a red circle at the top left on a white ground\"")
     b = self.prompts([[text(p, False)] for p in prompts])
-    return self.decode(write_image(self.model, b, min(scales)), scales, seeds)
+    return self.paint(b, scales, seeds, fast, consistent)
 
 @patch
-def edit(self: Puma, images, instructions, scales=(2,), seeds=0): # {scale: N x 3 x H x W}
+def edit(self: Puma, images, instructions, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: N x 3 x H x W}
     "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4)."
     instructions = each(instructions, images, "instruction")
     b = self.prompts([[image(k, False), text(i, False)] for k, i in enumerate(instructions)], images, read=min(self.read, *scales))
-    return self.decode(write_image(self.model, b, min(scales)), scales, seeds)
+    return self.paint(b, scales, seeds, fast, consistent)
 
 @patch
-def condition(self: Puma, images, captions, scales=(2,), seeds=0): # {scale: N x 3 x H x W}
+def condition(self: Puma, images, captions, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: N x 3 x H x W}
     "Colourised images; `images` are gray."
-    return self.edit(images, [f"{COLORIZE}. {c}" for c in each(captions, images, "caption")], scales, seeds)
+    asked = [f"{COLORIZE}. {c}" for c in each(captions, images, "caption")]
+    return self.edit(images, asked, scales, seeds, fast, consistent)
 
 # %% ../nbs/03b_system.ipynb #1b3968ab
 @patch
@@ -105,7 +113,7 @@ def reconstruct(self: Puma, images, scales=SCALES, seeds=0): # {scale: N x 3 x H
 @torch.no_grad()
 def likelihood(self: Puma, images, captions): # N log-probabilities per token
     "How likely the model finds each caption when it sees the image."
-    rows = [build_sequence([image(k, False), text(c, True)], self.tokenizer, 0, self.read) for k, c in enumerate(captions)]
+    rows = [build_sequence([image(k, False), text(c, True)], self.tokenizer, 0, self.read, first=self.model.config.first_scale) for k, c in enumerate(captions)]
     store = FeatureStore(encode_images(self.decoders.encoder, images), self.model.stats)
     out = []
     for s in rows:
@@ -114,13 +122,19 @@ def likelihood(self: Puma, images, captions): # N log-probabilities per token
     return out
 
 @patch
-def generate_auto(self: Puma, prompts, scales=(2, 3, 4), seeds=0): # (N x 3 x H x W, the chosen scale of each)
+def choose_scale(self: Puma, pictures, prompts): # {scale: N x 3 x H x W}, N prompts -> N scales
+    "For each prompt the scale whose picture reads most like it."
+    scales = list(pictures)
+    scores = torch.tensor([self.likelihood(pictures[i], prompts) for i in scales])
+    return [scales[k] for k in scores.argmax(0).tolist()]
+
+@patch
+def generate_auto(self: Puma, prompts, scales=(2, 3, 4), seeds=0, fast=False, consistent=None): # (N x 3 x H x W, the chosen scale of each)
     "Write down to the finest of `scales`, decode each, keep the picture that reads most like its prompt."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    pictures = self.generate(prompts, scales, seeds)
-    scores = torch.tensor([self.likelihood(pictures[i], prompts) for i in scales])
-    best = scores.argmax(0).tolist()
-    return torch.stack([pictures[scales[k]][n] for n, k in enumerate(best)]), [scales[k] for k in best]
+    pictures = self.generate(prompts, scales, seeds, fast, consistent)
+    chosen = self.choose_scale(pictures, prompts)
+    return torch.stack([pictures[i][k] for k, i in enumerate(chosen)]), chosen
 
 # %% ../nbs/03b_system.ipynb #1d62b906
 def pack_weights(

@@ -18,7 +18,7 @@ PAPER = {
     "mllm.vocab_size": (128256, "LLaMA-3 8B"), "mllm.hidden_size": (4096, "LLaMA-3 8B"), "mllm.layers": (32, "LLaMA-3 8B"), "mllm.heads": (32, "LLaMA-3 8B"), "mllm.kv_heads": (8, "LLaMA-3 8B"),
     "mllm.mlp_size": (14336, "LLaMA-3 8B"), "mllm.rope_theta": (500000.0, "LLaMA-3 8B"), "mllm.text_weight": (0.02, "A.2.1"), "mllm.scale_weights": ((1, 8, 64, 512, 1024), "A.2.1"),
     "mllm.first_scale": (4, "3.3"), "mllm.read_scale": (0, "3.3"), "mllm.depth_shares": ((1, 0, 0, 0, 0), "3.3"),
-    "mllm.tune_depth_shares": ((1, 0, 0, 0, 0), "3.3"), "mllm.thin": (0, "A.2"), "mllm.tied": (False, "LLaMA-3 8B"), "mllm.head": ("regression", "Eq. 2"),
+    "mllm.tune_depth_shares": ((1, 0, 0, 0, 0), "3.3"), "mllm.thin": (0, "A.2"), "mllm.tied": (False, "LLaMA-3 8B"), "mllm.text_mean": ("token", "Eq. 2"), "mllm.head": ("regression", "Eq. 2"),
     **{f"stage.{s}.steps": (0, "4.1") for s in ("encoder", "autoencoder", "base")},
     **{f"stage.f{i}.steps": (n, "A.1") for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
     **{f"stage.f{i}.{k}": (v, "A.1") for i in range(5) for k, v in dict(batch=1024, lr=8e-5, schedule="linear", clip=1.0).items()},

@@ -19,7 +19,6 @@ from puma_nb.training import *
 from puma_nb.pyramid import *
 from puma_nb.mllm import *
 from puma_nb.processor import *
-from puma_nb.mllm_variants import *
 
 
 def take_turns(jobs, rounds):
@@ -33,7 +32,7 @@ def take_turns(jobs, rounds):
 
 def setting(vocabulary=None):
     "The nano model on pairs of the world; a larger vocabulary only lengthens the rows of logits."
-    nano = get_preset("nano"); tokenizer = load_mllm()[1]
+    nano = get_preset("nano-plain"); tokenizer = load_mllm()[1]
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 600), caption=world_samples("caption", 600)), tokenizer, load_encoder(), load_stats())
     def model(attention):
         torch.manual_seed(0); m = build_mllm(nano, tokenizer, load_stats())
@@ -101,10 +100,10 @@ def generation(rounds):
     "Seconds for one image of 341 tokens, and for its first ones."
     nano, tokenizer, sets, store, build = setting()
     model, _ = load_mllm()
-    torch.manual_seed(0); wide = build_mllm(nano, tokenizer, load_stats(), slot_table=True).eval()
+    torch.manual_seed(0); wide = build_mllm(get_preset("nano"), tokenizer, load_stats()).eval()
     b = prompt_batch([[text("a red circle at the top left and a blue square at the right on a white ground", False)]], tokenizer, store, 2, True)
     t = take_turns(dict(cached=lambda: write_image(model, b, 0), static=lambda: write_image(model, b, 0, cache="static"), compiled=lambda: write_image(model, b, 0, cache="static", compile=True), recomputed=lambda: write_image(model, b, 0, cache="none"),
-                        f4=lambda: write_image(model, b, 4), at_once=lambda: write_at_once(wide, b, 0)), rounds)
+                        f4=lambda: write_image(model, b, 4), at_once=lambda: write_scales(wide, b, 0)), rounds)
     return dict(seconds=t, cached_over_recomputed=t["recomputed"] / t["cached"], compiled_over_recomputed=t["recomputed"] / t["compiled"], at_once_over_cached=t["cached"] / t["at_once"], f4_over_all=t["cached"] / t["f4"])
 
 

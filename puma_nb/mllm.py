@@ -7,9 +7,9 @@ __all__ = ['PARENTS', 'SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'CACHES', 'or
            'features_at', 'Sequence', 'build_sequence', 'FeatureStore', 'pad_sequences', 'add_features', 'collate',
            'visible', 'additive', 'fill_rows', 'pack', 'PumaConfig', 'RegressionHead', 'PumaForConditionalGeneration',
            'image_ids', 'build_mllm', 'targets', 'text_loss', 'text_terms', 'image_terms', 'loss_terms', 'loss_weights',
-           'term_gradients', 'thin_out', 'MLLMTask', 'blank_words', 'prepare_samples', 'Reader', 'Row', 'Writer',
-           'write', 'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard', 'spread', 'ParentPath',
-           'add_cells', 'make_consistent', 'finish_scale', 'scale_blocks', 'write_scales']
+           'term_gradients', 'thin_out', 'MLLMTask', 'blank_words', 'prepare_samples', 'make_cache', 'Reader', 'Row',
+           'Writer', 'write', 'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard', 'spread',
+           'ParentPath', 'add_cells', 'make_consistent', 'finish_scale', 'scale_blocks', 'write_scales']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
@@ -151,10 +151,10 @@ def visible(
     if block is not None: before = before | ((block[:, :, None] == block[:, None]) & (block >= 0)[:, None])
     return (own[:, :, None] == own[:, None]) & before
 
-def additive(allowed): # B x L x L -> B x 1 x L x L
-    "A mask to add to attention scores; a token always sees itself."
-    allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
-    return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)[:, None]
+def additive(allowed, itself: bool = True): # B x n x L -> B x 1 x n x L
+    "A mask to add to attention scores; padding sees itself, since it must see something."
+    if itself: allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, -torch.inf)[:, None]
 
 def fill_rows(lengths, budget: int): # List of rows, each a list of sequence numbers
     "Which sequences share a row: the longest first, each into the first row with room for it."
@@ -467,34 +467,46 @@ def prepare_samples(
 # %% ../nbs/03_mllm.ipynb #5f67ece0
 CACHES = ("dynamic", "static", "none")
 
+def make_cache(kind: str, config, length: int): # A cache of `transformers`, or None
+    "A cache that grows, one of fixed length, or none at all."
+    if kind not in CACHES: raise UserError(f"unknown cache {kind!r}: choose one of {', '.join(CACHES)}")
+    if kind == "dynamic": return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=length) if kind == "static" else None
+
 class Reader:
-    "A batch that is read on. The cache is `dynamic` (grows), `static` (one allocation, for compiling) or `none` (everything is read anew)."
+    "A batch that is read on, with a cache: `dynamic` (grows), `static` (one allocation, for compiling) or `none` (everything is read anew)."
     def __init__(self, model, b, cache: str = "dynamic", room: int = 0, compile: bool = False): # room: tokens that may be appended
-        if cache not in CACHES: raise UserError(f"unknown cache {cache!r}: choose one of {', '.join(CACHES)}")
-        if compile and cache != "static": raise UserError("compiling wants cache=\"static\": its shapes stay the same")
-        config, device, L = model.config.text_config, next(model.parameters()).device, b["ids"].shape[1]
-        self.model, self.step = model, torch.compile(model, dynamic=False) if compile else model
-        self.static = cache == "static"
-        self.cache = dict(dynamic=lambda: DynamicCache(config=config), none=lambda: None,
-                          static=lambda: StaticCache(config=config, max_cache_len=L + room))[cache]()
+        if compile and cache != "static":
+            raise UserError("compiling wants cache=\"static\": its shapes stay the same")
+        device, L = next(model.parameters()).device, b["ids"].shape[1]
+        self.model = model
+        self.step = torch.compile(model, dynamic=False) if compile else model
+        self.cache, self.static = make_cache(cache, model.config.text_config, L + room), cache == "static"
         self.mask = F.pad(b["mask"].to(device), (0, room), value=1)
         self.padded = not bool(b["mask"].all())  # without padding, causality is all the mask there is
-        place = dict(cell=b["slot"], parent=torch.zeros_like(b["features"]))  # what is only read carries its own cell
-        inputs = dict({k: b[k] for k in ("ids", "slot", "features")}, position_ids=(b["mask"].cumsum(-1) - 1).clamp_min(0), **place)
-        self.inputs = {k: torch.cat([v, v.new_zeros(len(v), room, *v.shape[2:])], 1).to(device) for k, v in inputs.items()}
+        inputs = {k: b[k] for k in ("ids", "slot", "features")}
+        inputs["position_ids"] = (b["mask"].cumsum(-1) - 1).clamp_min(0)
+        inputs["cell"] = b["slot"]  # an image that is only read carries its own cells
+        inputs["parent"] = torch.zeros_like(b["features"])
+        free = {k: v.new_zeros(len(v), room, *v.shape[2:]) for k, v in inputs.items()}
+        self.inputs = {k: torch.cat([v, free[k]], 1).to(device) for k, v in inputs.items()}
         self.end, self.cached = L, 0  # tokens that are there, and those that the cache knows
 
     def read(self, block: int = 0): # -> B x max(1, block) x width
         "Hidden states at the last position, or at the last `block` positions, which see each other and all before."
         start = 0 if self.cache is None else self.cached
         new = {k: v[:, start:self.end].clone() for k, v in self.inputs.items()}
-        mask = self.mask if self.static else self.mask[:, :self.end] if self.padded else None
-        if block:
-            hidden_from = self.mask[:, None, None, :self.end] == 0
-            mask = torch.zeros(len(self.mask), 1, block, self.end, device=self.mask.device).masked_fill(hidden_from, -torch.inf)
         run = self.step if self.end - start == 1 else self.model
         self.cached = self.end
-        return run(**new, mask=mask, past_key_values=self.cache, use_cache=self.cache is not None).last_hidden_state[:, -max(1, block):]
+        states = run(**new, mask=self.look(start, block), past_key_values=self.cache, use_cache=self.cache is not None)
+        return states.last_hidden_state[:, -max(1, block):]
+
+    def look(self, start: int, block: int): # A mask as LLaMA takes it, or None
+        "What the positions from `start` on may look at."
+        if not block: return self.mask if self.static else self.mask[:, :self.end] if self.padded else None
+        allowed = torch.ones(self.end - start, self.end, dtype=torch.bool, device=self.mask.device).tril(start)
+        allowed[-block:] = True
+        return additive(allowed & (self.mask[:, None, :self.end] > 0), itself=False)
 
     def append(self, **step): # ids, slot, cell: B x n; features, parent: B x n x C
         "What is read next."
@@ -736,7 +748,6 @@ def write_scales(
     while not all(r.done for r in writer.rows): writer.step()
     reader, canvas = writer.reader, writer.canvas
     for i in range(c.whole_scale, stop - 1, -1):
-        if reader.cached < reader.end: reader.read()  # what was written or made consistent since the last pass
         cell = torch.tensor(list(slots(i, i)), device=canvas.device).expand(len(rows), -1)
         parent = features_at(canvas, PARENTS.to(canvas.device)[cell])
         reader.append(ids=torch.zeros_like(cell), slot=cell, features=torch.zeros_like(parent), cell=cell, parent=parent)

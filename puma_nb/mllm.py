@@ -6,10 +6,11 @@
 __all__ = ['PARENTS', 'SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'CACHES', 'order_tokens', 'slots', 'parent_slots',
            'features_at', 'Sequence', 'build_sequence', 'FeatureStore', 'pad_sequences', 'add_features', 'collate',
            'visible', 'additive', 'fill_rows', 'pack', 'PumaConfig', 'RegressionHead', 'PumaForConditionalGeneration',
-           'image_ids', 'build_mllm', 'targets', 'text_loss', 'text_terms', 'image_terms', 'loss_terms', 'loss_weights',
-           'term_gradients', 'thin_out', 'MLLMTask', 'blank_words', 'prepare_samples', 'make_cache', 'Reader', 'Row',
-           'Writer', 'write', 'write_image', 'write_text', 'prompt_batch', 'dashboard', 'plot_dashboard', 'spread',
-           'ParentPath', 'add_cells', 'make_consistent', 'finish_scale', 'scale_blocks', 'write_scales']
+           'image_ids', 'text_config', 'build_mllm', 'targets', 'text_loss', 'text_terms', 'image_terms', 'loss_terms',
+           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'blank_words', 'prepare_samples', 'make_cache',
+           'Reader', 'Row', 'Writer', 'write', 'write_image', 'write_text', 'prompt_batch', 'teacher_forced',
+           'dashboard', 'plot_dashboard', 'spread', 'ParentPath', 'add_cells', 'make_consistent', 'finish_scale',
+           'scale_blocks', 'write_block', 'write_scales']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
@@ -22,7 +23,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from .core import *
 from .world import *
 from .data import *
@@ -111,7 +113,8 @@ class FeatureStore:
     def tokens(self, ids, stop: int): # -> len(ids) x tokens_until(stop) x C, float32
         "Normalised features of some images, coarse to fine, down to scale `stop`."
         grids = pyramid(self.f0[torch.as_tensor(ids)].float())
-        return torch.cat([self.stats.normalize(grids[i], i) for i in COARSE_TO_FINE if i >= stop], 1)
+        scales = [i for i in COARSE_TO_FINE if i >= stop]
+        return torch.cat([self.stats.normalize(grids[i], i) for i in scales], 1)
 
 SCALE_OF_SLOT = torch.tensor([i for i, _ in order_tokens()])  # 341
 
@@ -121,23 +124,31 @@ def pad_sequences(
     left: bool = False  # Pad on the left (generation) or on the right (training)
 ): # dict of tensors B x L: ids, mask, slot, learn, words, image
     "Sequences as rows of one length."
-    L, rows = max(len(s.ids) for s in sequences), {}
-    place = (lambda r, fill: [fill] * (L - len(r)) + list(r)) if left else (lambda r, fill: list(r) + [fill] * (L - len(r)))
-    for name, fill in (("ids", pad), ("slot", -1), ("image", -1), ("learn", False), ("words", 0)):
-        rows[name] = torch.tensor([place(getattr(s, name), fill) for s in sequences])
-    rows["mask"] = torch.tensor([place([1] * len(s.ids), 0) for s in sequences])
+    L = max(len(s.ids) for s in sequences)
+    def row(values, fill):
+        missing = [fill] * (L - len(values))
+        return missing + values if left else values + missing
+    fills = dict(ids=pad, slot=-1, image=-1, learn=False, words=0)
+    rows = {}
+    for k, fill in fills.items():
+        rows[k] = torch.tensor([row(getattr(s, k), fill) for s in sequences])
+    rows["mask"] = torch.tensor([row([1] * len(s.ids), 0) for s in sequences])
     return rows
 
 def add_features(rows, store: FeatureStore): # The batch: `image` gives way to features, B x L x C
     "Put the features of images where their tokens stand."
-    b = dict(rows); slot, image = b["slot"], b.pop("image")
+    b = dict(rows)
+    slot, image = b["slot"], b.pop("image")
     b["features"], here = torch.zeros(*slot.shape, store.f0.shape[-1]), slot >= 0
     if here.any():
         unique, index = image[here].unique(return_inverse=True)
-        b["features"][here] = store.tokens(unique, int(SCALE_OF_SLOT[slot[here]].min()))[index, slot[here]]
+        finest = int(SCALE_OF_SLOT[slot[here]].min())
+        b["features"][here] = store.tokens(unique, finest)[index, slot[here]]
     return b
 
-def collate(sequences, store: FeatureStore, pad: int, left: bool = False): # dict of tensors: ids, mask, slot, learn, words (B x L), features (B x L x C)
+def collate(
+    sequences, store: FeatureStore, pad: int, left: bool = False # As for `pad_sequences`
+): # dict of tensors: ids, mask, slot, learn, words (B x L), features (B x L x C)
     "Pad sequences to one length and fetch their image features."
     return add_features(pad_sequences(sequences, pad, left), store)
 
@@ -148,13 +159,16 @@ def visible(
 ): # B x L x L: may p look at q?
     "A token sees its own sequence up to itself, and all of its block."
     before = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
-    if block is not None: before = before | ((block[:, :, None] == block[:, None]) & (block >= 0)[:, None])
+    if block is not None:
+        together = (block[:, :, None] == block[:, None]) & (block >= 0)[:, None]
+        before = before | together
     return (own[:, :, None] == own[:, None]) & before
 
 def additive(allowed, itself: bool = True): # B x n x L -> B x 1 x n x L
     "A mask to add to attention scores; padding sees itself, since it must see something."
     if itself: allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, -torch.inf)[:, None]
+    scores = torch.zeros(allowed.shape, device=allowed.device)
+    return scores.masked_fill(~allowed, -torch.inf)[:, None]
 
 def fill_rows(lengths, budget: int): # List of rows, each a list of sequence numbers
     "Which sequences share a row: the longest first, each into the first row with room for it."
@@ -187,25 +201,34 @@ def pack(
             at += lengths[k]
     out, full = {k: v.flatten(0, 1)[source.clamp_min(0)] for k, v in b.items()}, source >= 0
     out.update(mask=full.long(), learn=out["learn"] & full, slot=torch.where(full, out["slot"], -1))
-    return dict(out, positions=positions.clamp_min(0), attention=additive(visible(own, out.get("block"))))
+    attention = additive(visible(own, out.get("block")))
+    return dict(out, positions=positions.clamp_min(0), attention=attention)
 
 # %% ../nbs/03_mllm.ipynb #b4ca176f
 class PumaConfig(PreTrainedConfig):
-    "LLaMA's configuration, the size of an image feature, and the ids that open and close an image. `parent_path`, `consistency` and `whole_scale` are ours (below), `head` and `first_scale` for variants (chapter 3c)."
+    "LLaMA's configuration, the size of an image feature, and the ids that open and close an image."
     model_type = "puma"
     sub_configs = dict(text_config=LlamaConfig)
-    def __init__(self, text_config=None, feature_size=96, preset="nano", read_scale=2, image_ids=(2, 3), head="regression", first_scale=4,
-                 parent_path=False, consistency=False, whole_scale=1, **kwargs):
-        self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
-        self.feature_size, self.preset, self.read_scale, self.image_ids = feature_size, preset, read_scale, list(image_ids)
-        self.head, self.first_scale = head, first_scale
+
+    def __init__(
+        self, text_config=None, feature_size=96, preset="nano", read_scale=2, image_ids=(2, 3),
+        head="regression", first_scale=4, # for variants (chapter 3c)
+        parent_path=False, consistency=False, whole_scale=1, # ours (below)
+        **kwargs
+    ):
+        if isinstance(text_config, dict): text_config = LlamaConfig(**text_config)
+        self.text_config = text_config or LlamaConfig()
+        self.feature_size, self.preset, self.read_scale = feature_size, preset, read_scale
+        self.image_ids, self.head, self.first_scale = list(image_ids), head, first_scale
         self.parent_path, self.consistency, self.whole_scale = parent_path, consistency, whole_scale
         super().__init__(**kwargs)
 
 # %% ../nbs/03_mllm.ipynb #c7ee01b8
 class RegressionHead(nn.Linear):
     "The paper's out-projector: a linear map, trained with the squared error (Eq. 2)."
-    def error(self, hidden, target, noise=None): return ((self(hidden).float() - target.float()) ** 2).mean(-1)  # N x width, N x C -> N, mean over channels in float32
+    def error(self, hidden, target, noise=None): # N x width, N x C -> N, mean over channels
+        return ((self(hidden).float() - target.float()) ** 2).mean(-1)
+
     def write(self, hidden, noise=None): return self(hidden)
 
 HEADS = dict(regression=RegressionHead)
@@ -220,7 +243,10 @@ class PumaForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: PumaConfig):
         super().__init__(config)
-        if config.head not in HEADS: raise UserError(f"unknown head {config.head!r}: choose one of {', '.join(HEADS)} (import puma_nb.mllm_variants for more)")
+        if config.head not in HEADS:
+            known = ", ".join(HEADS)
+            raise UserError(f"unknown head {config.head!r}: choose one of {known}"
+                            " (import puma_nb.mllm_variants for more)")
         width, channels = config.text_config.hidden_size, config.feature_size
         self.language_model = LlamaForCausalLM(config.text_config)
         self.in_projector = nn.Linear(channels, width)
@@ -234,7 +260,7 @@ class PumaForConditionalGeneration(PreTrainedModel):
     @property
     def stats(self): return FeatureStats(self.feature_mean.float(), self.feature_std.float())
 
-    def embed(self, ids, slot, features, cell=None, parent=None): # B x L, B x L, B x L x C -> B x L x width
+    def embed(self, ids, slot, features, cell=None, parent=None): # -> B x L x width
         "Word embeddings, and projected features where an image token stands."
         words = self.language_model.model.embed_tokens(ids)
         seen = self.in_projector(features.to(words.dtype)).to(words.dtype)
@@ -242,16 +268,22 @@ class PumaForConditionalGeneration(PreTrainedModel):
         if self.path is None: return x
         return x + self.path.enter(slot if cell is None else cell, parent).to(x.dtype)
 
-    def forward(self, ids, slot, features, mask=None, position_ids=None, past_key_values=None, use_cache=False, cell=None, parent=None):
-        "Hidden states B x L x width, after the final norm. `cell` and `parent` are the parent path's; without them images are only read."
-        return self.language_model.model(inputs_embeds=self.embed(ids, slot, features, cell, parent), attention_mask=mask, position_ids=position_ids,
-                                         past_key_values=past_key_values, use_cache=use_cache)
+    def forward(
+        self, ids, slot, features,     # B x L, B x L, B x L x C, normalised
+        mask=None, position_ids=None, past_key_values=None, use_cache=False, # LLaMA's own
+        cell=None, parent=None         # The parent path's; without them images are only read
+    ): # LLaMA's output; its `last_hidden_state` is B x L x width, after the final norm
+        "Hidden states of a sequence of words and features."
+        embeddings = self.embed(ids, slot, features, cell, parent)
+        return self.language_model.model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache)
 
-    def baseline(self, cell=None, parent=None): # -> ... x C, normalised units; 0 without the parent path
+    def baseline(self, cell=None, parent=None): # -> ... x C, normalised; 0 without the parent path
         "What a feature is before the out-projector adds to it."
         return self.path.baseline(cell, parent, self.stats) if self.path else 0.0
 
-    def write_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised units
+    def write_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised
         "The feature that a position writes."
         return self.out_projector.write(hidden, noise).float() + self.baseline(cell, parent)
 
@@ -260,7 +292,20 @@ class PumaForConditionalGeneration(PreTrainedModel):
         return self.language_model.lm_head(hidden)
 
 # %% ../nbs/03_mllm.ipynb #fdefb194
-def image_ids(tokenizer): return tokenizer.convert_tokens_to_ids(["[IMG]", "[/IMG]"])
+def image_ids(tokenizer):
+    "The ids that open and close an image."
+    return tokenizer.convert_tokens_to_ids(["[IMG]", "[/IMG]"])
+
+def text_config(m: MLLMPreset, tokenizer=None): # A `LlamaConfig`
+    "LLaMA's configuration for a preset, and for a tokenizer's special tokens if there is one."
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {k: getattr(tokenizer, k) for k in kinds} if tokenizer else {}
+    return LlamaConfig(
+        vocab_size=len(tokenizer) if tokenizer else m.vocab_size + POSITIONS + 2,
+        hidden_size=m.hidden_size, intermediate_size=m.mlp_size, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, max_position_embeddings=8192,
+        rope_parameters=dict(rope_type="default", rope_theta=m.rope_theta),
+        tie_word_embeddings=m.tied, **special)
 
 def build_mllm(
     preset: Preset,
@@ -268,15 +313,17 @@ def build_mllm(
     stats: FeatureStats = None   # Of the image encoder
 ):
     "A multi-granular language model of a preset's size, random weights."
-    m, t = preset.mllm, tokenizer
-    if m.parent_path and m.first_scale < 4: raise UserError("the parent path wants whole pyramids: set parent_path=False, or first_scale=4")
-    special = dict(bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id) if t else {}
-    text = LlamaConfig(vocab_size=len(t) if t else m.vocab_size + POSITIONS + 2, hidden_size=m.hidden_size, intermediate_size=m.mlp_size, num_hidden_layers=m.layers,
-                       num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, max_position_embeddings=8192,
-                       rope_parameters=dict(rope_type="default", rope_theta=m.rope_theta), tie_word_embeddings=m.tied, **special)
-    model = PumaForConditionalGeneration(PumaConfig(text, preset.encoder.hidden_size, preset.name, m.read_scale, image_ids(t) if t else (2, 3), m.head, m.first_scale,
-                                                    m.parent_path, m.consistency, m.whole_scale, tie_word_embeddings=m.tied))
-    if stats: model.feature_mean.copy_(stats.mean); model.feature_std.copy_(stats.std)
+    m = preset.mllm
+    if m.parent_path and m.first_scale < 4:
+        raise UserError("the parent path wants whole pyramids: parent_path=False, or first_scale=4")
+    config = PumaConfig(
+        text_config(m, tokenizer), preset.encoder.hidden_size, preset.name, m.read_scale,
+        image_ids(tokenizer) if tokenizer else (2, 3), m.head, m.first_scale,
+        m.parent_path, m.consistency, m.whole_scale, tie_word_embeddings=m.tied)
+    model = PumaForConditionalGeneration(config)
+    if stats:
+        model.feature_mean.copy_(stats.mean)
+        model.feature_std.copy_(stats.std)
     return model
 
 # %% ../nbs/03_mllm.ipynb #6f556076
@@ -287,33 +334,46 @@ def targets(b): # {term: B x (L-1) mask}
     learn, slot = b["learn"][:, 1:] & (b["mask"][:, 1:] > 0), b["slot"][:, 1:]
     scale = torch.where(slot >= 0, SCALE_OF_SLOT.to(slot.device)[slot.clamp_min(0)], -1)
     words = learn & (slot < 0)
-    apart = b["weight"][:, 1:] == 0 if "weight" in b else torch.zeros_like(words)  # ours, see "Training"
-    return dict(text=words & ~apart, structure=words & apart, **{f"f{i}": learn & (scale == i) for i in SCALES})
+    apart = torch.zeros_like(words)
+    if "weight" in b: apart = b["weight"][:, 1:] == 0  # ours, see "Training"
+    features = {f"f{i}": learn & (scale == i) for i in SCALES}
+    return dict(text=words & ~apart, structure=words & apart, **features)
 
 LOGITS = 2**25  # ours: logits that exist at the same time, 128 MB in float32
 
-def text_loss(model, hidden, ids, logits: int = LOGITS): # N x width, N -> N cross-entropies in float32
-    "Cross-entropy, a piece of rows at a time; where there are several pieces, logits are dropped and computed again in the backward pass."
-    piece = lambda h, i: F.cross_entropy(model.write_text(h).float(), i, reduction="none")
+def text_loss(
+    model, hidden, ids,   # N x width, N
+    logits: int = LOGITS  # More than so many are computed in pieces, and again in the backward pass
+): # N cross-entropies in float32
+    "Cross-entropy of learnt words."
+    def piece(h, i):
+        return F.cross_entropy(model.write_text(h).float(), i, reduction="none")
     n = max(1, logits // model.config.text_config.vocab_size)
     if len(ids) <= n: return piece(hidden, ids)
-    return torch.cat([checkpoint(piece, h, i, use_reentrant=False) for h, i in zip(hidden.split(n), ids.split(n))])
+    pieces = zip(hidden.split(n), ids.split(n))
+    return torch.cat([checkpoint(piece, h, i, use_reentrant=False) for h, i in pieces])
 
 def text_terms(model, b, hidden, where): # {"text", "structure"}
     "Cross-entropy over learnt words; logits for these positions only."
-    words, weight = where["text"] | where["structure"], b.get("weight", torch.ones_like(b["mask"]))[:, 1:]
+    words = where["text"] | where["structure"]
+    weight = b.get("weight", torch.ones_like(b["mask"]))[:, 1:][words]
     error = text_loss(model, hidden[:, :-1][words], b["ids"][:, 1:][words])
-    return dict(text=(error * weight[words])[where["text"][words]].sum(), structure=error[where["structure"][words]].sum())
+    return dict(text=(error * weight)[where["text"][words]].sum(),
+                structure=error[where["structure"][words]].sum())
 
+# %% ../nbs/03_mllm.ipynb #02898d7c
 def image_terms(model, b, hidden, where, place): # {"f0", ..., "f4"}
     "Squared error, averaged over channels, over learnt features of each scale."
     image = torch.stack([where[f"f{i}"] for i in SCALES]).any(0)
-    def writer(x): # at the position that writes each learnt feature: the one before, or (whole scales) itself
+    def writer(x): # at the position that writes each learnt feature: the one before, or itself
         if "block" not in b: return x[:, :-1][image]
-        own = b["block"][:, 1:][image] >= 0
-        return torch.where(own.view(-1, *[1] * (x.dim() - 2)), x[:, 1:][image], x[:, :-1][image])
-    goal = b["features"][:, 1:][image].float() - model.baseline(**{k: writer(v) for k, v in place.items()})
-    error = model.out_projector.error(writer(hidden), goal, b["noise"][:, 1:][image] if "noise" in b else None)
+        itself = b["block"][:, 1:][image] >= 0
+        itself = itself.view(-1, *[1] * (x.dim() - 2))
+        return torch.where(itself, x[:, 1:][image], x[:, :-1][image])
+    baseline = model.baseline(**{k: writer(v) for k, v in place.items()})
+    goal = b["features"][:, 1:][image].float() - baseline
+    noise = b["noise"][:, 1:][image] if "noise" in b else None
+    error = model.out_projector.error(writer(hidden), goal, noise)
     return {f"f{i}": error[where[f"f{i}"][image]].sum() for i in SCALES}
 
 def loss_terms(
@@ -321,28 +381,34 @@ def loss_terms(
     inputs=None        # Features that are fed in, if others than the targets (noise)
 ): # {"text", "structure", "f0", ..., "f4"}: sums in float32
     "The sums of Eq. 2, each for itself."
-    bare, seen, where = getattr(model, "module", model), b["features"] if inputs is None else inputs, targets(b)
+    bare, where = getattr(model, "module", model), targets(b)
+    seen = b["features"] if inputs is None else inputs
     place = add_cells(b, seen) if bare.path else {}
-    if "block" in b: seen = seen * (b["block"] < 0)[..., None]  # whole scales: what is written is not fed in
-    hidden = model(b.get("fed", b["ids"]), b["slot"], seen, b.get("attention", b["mask"]), b.get("positions"), **place).last_hidden_state
+    if "block" in b: seen = seen * (b["block"] < 0)[..., None]  # written at once: not fed in
+    hidden = model(b.get("fed", b["ids"]), b["slot"], seen, b.get("attention", b["mask"]),
+                   b.get("positions"), **place).last_hidden_state
     return text_terms(bare, b, hidden, where) | image_terms(bare, b, hidden, where, place)
 
 # %% ../nbs/03_mllm.ipynb #9312a67d
 def loss_weights(m: MLLMPreset): # {"text", "structure", "f0", ..., "f4"}
     "Weights of the terms, each term being a mean, under one reading of Eq. 2."
-    w = [a * (1 if m.reduction == "mean" else TOKENS[i]) for i, a in zip(SCALES, m.scale_weights)]
+    tokens = [1 if m.reduction == "mean" else TOKENS[i] for i in SCALES]
+    w = [a * n for a, n in zip(m.scale_weights, tokens)]
     total = sum(w) if m.reduction == "proportional" else 1
-    return dict(text=m.text_weight, structure=m.structure_weight, **{f"f{i}": v / total for i, v in zip(SCALES, w)})
+    scales = {f"f{i}": v / total for i, v in zip(SCALES, w)}
+    return dict(text=m.text_weight, structure=m.structure_weight, **scales)
 
 # %% ../nbs/03_mllm.ipynb #f466b844
 def term_gradients(model, b): # {"text": vector, "f4": vector, ...}
     "Each term's gradient on the backbone, each term being a mean."
-    counts, out = {k: max(1, int(v.sum())) for k, v in targets(b).items()}, {}
+    counts = {k: max(1, int(v.sum())) for k, v in targets(b).items()}
     weights = list(model.language_model.model.layers.parameters())
+    out = {}
     for k, v in loss_terms(model, b).items():
-        if v.requires_grad and float(v.detach()) > 0:
-            grads = torch.autograd.grad(v / counts[k], weights, retain_graph=True, allow_unused=True)
-            out[k] = torch.cat([g.flatten() for g in grads if g is not None])
+        if not v.requires_grad or float(v.detach()) <= 0: continue
+        mean = v / counts[k]
+        grads = torch.autograd.grad(mean, weights, retain_graph=True, allow_unused=True)
+        out[k] = torch.cat([g.flatten() for g in grads if g is not None])
     return out
 
 # %% ../nbs/03_mllm.ipynb #dc0b7716
@@ -357,68 +423,104 @@ def thin_out(
 # %% ../nbs/03_mllm.ipynb #cf7f9f67
 class MLLMTask(Task):
     "Train on a mixture of sample sets that share one feature store."
-    def __init__(self, preset: Preset, model, tokenizer, sets: dict, shares: dict, store: FeatureStore, name="mllm", seed: int = 0):
-        self.preset, self.model, self.tokenizer, self.sets, self.shares, self.store, self.name, self.seed = preset, model, tokenizer, sets, shares, store, name, seed
-        m = preset.mllm
-        model.language_model.set_attn_implementation("eager" if m.attention == "plain" else "sdpa")
-        self.weights = loss_weights(m)
+    def __init__(
+        self, preset: Preset, model, tokenizer,
+        sets: dict,          # name -> list of segment lists
+        shares: dict,        # name -> share
+        store: FeatureStore,
+        name: str = "mllm", seed: int = 0
+    ):
+        self.preset, self.model, self.tokenizer = preset, model, tokenizer
+        self.sets, self.shares, self.store, self.name, self.seed = sets, shares, store, name, seed
+        attention = "eager" if preset.mllm.attention == "plain" else "sdpa"
+        model.language_model.set_attn_implementation(attention)
+        self.weights = loss_weights(preset.mllm)
 
     def checkpointing(self): recompute_activations(self.model.language_model)
 
     def blocks(self): return list(self.model.language_model.model.layers)
 
-    def reads(self): return {n: dict(samples=len(s), share=self.shares[n]) for n, s in self.sets.items()}
-
-    def work(self, b): # tokens that are not padding, room for tokens, and useful operations (chapter 3d has the formula)
-        m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
-        lengths = b["mask"].sum(-1).cpu().double(); tokens, text = int(lengths.sum()), found.pop("text") + found.pop("structure")
-        layers = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.language_model.model.layers.parameters())  # DeepSpeed leaves empty tensors behind
-        attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
-        ends = 2 * m.hidden_size * (text * m.vocab_size + 2 * sum(found.values()) * b["features"].shape[-1])
-        return dict(tokens=tokens, room=b["mask"].numel(), flops=3 * (2 * layers * tokens + attention + ends))
-
-    def counts(self, b): # what each term's sum is divided by
-        found = {k: float(v.sum()) for k, v in targets(b).items()}
-        return found | dict(text=float(b["weight"][:, 1:][targets(b)["text"]].sum())) if "weight" in b else found
+    def reads(self):
+        return {n: dict(samples=len(s), share=self.shares[n]) for n, s in self.sets.items()}
 
     def losses(self, model, b, step): return loss_terms(model, b, b["inputs"])
 
+    def counts(self, b):
+        "What each term's sum is divided by."
+        found = {k: float(v.sum()) for k, v in targets(b).items()}
+        if "weight" in b: found["text"] = float(b["weight"][:, 1:][targets(b)["text"]].sum())
+        return found
+
     def groups(self, stage):
-        ends = ("projector", "path.")
-        projectors = [p for n, p in self.model.named_parameters() if any(e in n for e in ends)]
-        rest = [p for n, p in self.model.named_parameters() if not any(e in n for e in ends)]
-        return [dict(params=projectors, lr=stage.lr_projector or stage.lr), dict(params=rest, lr=stage.lr)]
+        "The projectors may have a rate of their own; what is ours beside them has theirs."
+        ends, rest = [], []
+        for n, p in self.model.named_parameters():
+            (ends if "projector" in n or n.startswith("path.") else rest).append(p)
+        rate = stage.lr_projector or stage.lr
+        return [dict(params=ends, lr=rate), dict(params=rest, lr=stage.lr)]
+
+    def work(self, b):
+        "Tokens that are not padding, room for tokens, and useful operations (formula: chapter 3d)."
+        m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
+        text = found.pop("text") + found.pop("structure")
+        lengths = b["mask"].sum(-1).cpu().double()
+        tokens, backbone = int(lengths.sum()), self.model.language_model.model.layers.parameters()
+        layers = sum(getattr(p, "ds_numel", p.numel()) for p in backbone)  # of DeepSpeed
+        attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
+        features = 2 * sum(found.values()) * b["features"].shape[-1]
+        ends = 2 * m.hidden_size * (text * m.vocab_size + features)
+        flops = 3 * (2 * layers * tokens + attention + ends)
+        return dict(tokens=tokens, room=b["mask"].numel(), flops=flops)
 
 # %% ../nbs/03_mllm.ipynb #a88bf90a
 @patch
-def stop(self: MLLMTask, step): # the scale after which this step's images end: a function of the step
-    return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=np.array(self.preset.mllm.depth_shares) [list(SCALES)]))
+def stop(self: MLLMTask, step):
+    "The scale after which this step's images end: a function of the step."
+    shares = np.array(self.preset.mllm.depth_shares)
+    return int(np_rng(self.seed, self.name, "stop", step).choice(SCALES, p=shares))
 
 @patch
-def choose(self: MLLMTask, positions, step): return thin_out(positions, len(slots(self.stop(step), self.preset.mllm.first_scale)), self.preset.mllm.thin)
+def choose(self: MLLMTask, positions, step):
+    "The samples of a step."
+    m = self.preset.mllm
+    return thin_out(positions, len(slots(self.stop(step), m.first_scale)), m.thin)
 
 @patch
-def gather(self: MLLMTask, positions): # the segments of each sample, and the features that they refer to
-    return [self.sets[n][sample_ids([k], len(self.sets[n]), seed_of(self.seed, n))[0]] for n, k in draw(positions, self.shares, self.seed)], self.store
+def gather(self: MLLMTask, positions):
+    "The segments of each sample, and the features that they refer to."
+    segments = []
+    for name, k in draw(positions, self.shares, self.seed):
+        rows = self.sets[name]
+        segments.append(rows[sample_ids([k], len(rows), seed_of(self.seed, name))[0]])
+    return segments, self.store
 
 @patch
 def noisy(self: MLLMTask, b, positions): # B x L x C: the features that are fed in
-    share = torch.tensor([np_rng(self.seed, "amount", int(p)).random() for p in positions], dtype=torch.float32)[:, None]
-    amount = share * torch.tensor(self.preset.mllm.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]] * b["learn"] * (b["slot"] >= 0)
-    return b["features"] + amount[..., None] * noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))
+    "Learnt features with noise of a random amount, up to the preset's."
+    draws = [np_rng(self.seed, "amount", int(p)).random() for p in positions]
+    share = torch.tensor(draws, dtype=torch.float32)[:, None]
+    most = torch.tensor(self.preset.mllm.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]]
+    amount = share * most * b["learn"] * (b["slot"] >= 0)
+    noise = noise_for(positions, *b["features"].shape[1:], keys=(self.seed, "inputs"))
+    return b["features"] + amount[..., None] * noise
 
 @patch
 def batch(self: MLLMTask, positions, step):
+    "The batch of a step."
     stop, m = self.stop(step), self.preset.mllm
     segments, store = self.gather(positions)
-    rows = [build_sequence(g, self.tokenizer, stop, min(stop, m.read_scale), first=m.first_scale) for g in segments]
+    read = min(stop, m.read_scale)
+    rows = [build_sequence(g, self.tokenizer, stop, read, first=m.first_scale) for g in segments]
     b = collate(rows, store, self.tokenizer.pad_token_id)
     b["inputs"] = self.noisy(b, positions) if any(m.feature_noise) else b["features"]
-    if m.head != "regression": b["noise"] = noise_for(positions, b["ids"].shape[1], b["features"].shape[2] + 1, keys=(self.seed, "head"))  # one more for the time
+    if m.head != "regression": # a head that draws wants noise, and one number more for the time
+        length, channels = b["features"].shape[1:]
+        b["noise"] = noise_for(positions, length, channels + 1, keys=(self.seed, "head"))
     b = self.ours(b, positions, step)
     if m.pack: b = pack(b, m.pack)
     elif "block" in b: b["attention"] = additive(visible(b["mask"] - 1, b["block"]))
-    return {k: v.to(next(self.model.parameters()).device) for k, v in b.items()}
+    device = next(self.model.parameters()).device
+    return {k: v.to(device) for k, v in b.items()}
 
 # %% ../nbs/03_mllm.ipynb #0da98ca3
 def blank_words(
@@ -430,21 +532,27 @@ def blank_words(
     "Feed in some words wrongly, or not at all; what is learnt stays."
     fed, known = b["ids"].clone(), np.array(words)
     for r, key in enumerate(keys):
-        chance, kind, which = np_rng("words", *key).random((fed.shape[1], 3)).T  # a token's three numbers, whatever the row's length
+        draws = np_rng("words", *key).random((fed.shape[1], 3))  # a token's own three numbers
+        chance, kind, which = draws.T
         learn, ids = b["learn"][r].numpy(), fed[r].numpy()
         hit = np.isin(ids, known) & (chance < np.where(learn, share, share / 3))
-        wrong = np.where((kind < .5) | ~learn, pad, known[(which * len(known)).astype(int)])
+        other = known[(which * len(known)).astype(int)]
+        wrong = np.where((kind < .5) | ~learn, pad, other)
         fed[r] = torch.from_numpy(np.where(hit, wrong, ids))
     return fed
 
 @patch
-def ours(self: MLLMTask, b, positions, step): # the batch with what the preset asks for beyond the paper
+def ours(self: MLLMTask, b, positions, step):
+    "The batch with what the preset asks for beyond the paper."
     m, t = self.preset.mllm, self.tokenizer
     if m.text_mean == "segment": b["weight"] = (b["words"] > 0) / b["words"].clamp_min(1) ** 0.5
     if m.disturbed_words:
-        colors = [ids[0] for c in COLORS if len(ids := to_ids(t, c)) == 1]
-        b["fed"] = blank_words(b, colors, m.disturbed_words, t.pad_token_id, [(self.seed, int(p)) for p in positions])
-    if np_rng(self.seed, self.name, "whole", step).random() < m.at_once: b["block"] = scale_blocks(b, m.whole_scale)
+        colors = [to_ids(t, c) for c in COLORS]
+        colors = [ids[0] for ids in colors if len(ids) == 1]
+        keys = [(self.seed, int(p)) for p in positions]
+        b["fed"] = blank_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
+    at_once = np_rng(self.seed, self.name, "whole", step).random() < m.at_once
+    if at_once: b["block"] = scale_blocks(b, m.whole_scale)
     return b
 
 # %% ../nbs/03_mllm.ipynb #9515f417
@@ -455,35 +563,52 @@ def prepare_samples(
     progress: bool = False
 ): # ({name: list of segment lists with ids and store indices}, FeatureStore)
     "Tokenise all samples and encode each different image once."
-    images, index, sets = [], {}, {}
-    def number(t):
-        key = t.numpy().tobytes()
-        if key not in index: index[key] = len(images); images.append(t)
+    images, index = [], {}
+
+    def number(image): # of this image in the store
+        key = image.numpy().tobytes()
+        if key not in index:
+            index[key] = len(images)
+            images.append(image)
         return index[key]
+
+    def prepared(g, own): # a segment with ids, or with its image's number
+        if g["kind"] == "text": return {**g, "ids": to_ids(tokenizer, g["text"])}
+        return {**g, "image": number(own[g["image"]])}
+
+    sets = {}
     for name, rows in samples.items():
-        sets[name] = [[{**g, "ids": to_ids(tokenizer, g["text"])} if g["kind"] == "text" else {**g, "image": number(s["images"][g["image"]])} for g in s["segments"]] for s in rows]
-    return sets, FeatureStore(encode_images(encoder, torch.stack(images), dtype=torch.bfloat16, progress=progress), stats)
+        sets[name] = [[prepared(g, s["images"]) for g in s["segments"]] for s in rows]
+    f0 = encode_images(encoder, torch.stack(images), dtype=torch.bfloat16, progress=progress)
+    return sets, FeatureStore(f0, stats)
 
 # %% ../nbs/03_mllm.ipynb #5f67ece0
 CACHES = ("dynamic", "static", "none")
 
 def make_cache(kind: str, config, length: int): # A cache of `transformers`, or None
     "A cache that grows, one of fixed length, or none at all."
-    if kind not in CACHES: raise UserError(f"unknown cache {kind!r}: choose one of {', '.join(CACHES)}")
+    if kind not in CACHES:
+        raise UserError(f"unknown cache {kind!r}: choose one of {', '.join(CACHES)}")
     if kind == "dynamic": return DynamicCache(config=config)
     return StaticCache(config=config, max_cache_len=length) if kind == "static" else None
 
 class Reader:
-    "A batch that is read on, with a cache: `dynamic` (grows), `static` (one allocation, for compiling) or `none` (everything is read anew)."
-    def __init__(self, model, b, cache: str = "dynamic", room: int = 0, compile: bool = False): # room: tokens that may be appended
+    "A batch that is read on."
+    def __init__(
+        self, model, b,
+        cache: str = "dynamic", # grows; `static`: one allocation, to compile; `none`: all anew
+        room: int = 0,          # Tokens that may be appended
+        compile: bool = False   # torch.compile the step
+    ):
         if compile and cache != "static":
             raise UserError("compiling wants cache=\"static\": its shapes stay the same")
         device, L = next(model.parameters()).device, b["ids"].shape[1]
         self.model = model
         self.step = torch.compile(model, dynamic=False) if compile else model
-        self.cache, self.static = make_cache(cache, model.config.text_config, L + room), cache == "static"
+        self.cache = make_cache(cache, model.config.text_config, L + room)
+        self.static = cache == "static"
         self.mask = F.pad(b["mask"].to(device), (0, room), value=1)
-        self.padded = not bool(b["mask"].all())  # without padding, causality is all the mask there is
+        self.padded = not bool(b["mask"].all())  # without padding, causality is all there is to say
         inputs = {k: b[k] for k in ("ids", "slot", "features")}
         inputs["position_ids"] = (b["mask"].cumsum(-1) - 1).clamp_min(0)
         inputs["cell"] = b["slot"]  # an image that is only read carries its own cells
@@ -493,18 +618,21 @@ class Reader:
         self.end, self.cached = L, 0  # tokens that are there, and those that the cache knows
 
     def read(self, block: int = 0): # -> B x max(1, block) x width
-        "Hidden states at the last position, or at the last `block` positions, which see each other and all before."
+        "Hidden states at the last position, or at the last `block` ones, which see each other."
         start = 0 if self.cache is None else self.cached
         new = {k: v[:, start:self.end].clone() for k, v in self.inputs.items()}
         run = self.step if self.end - start == 1 else self.model
         self.cached = self.end
-        states = run(**new, mask=self.look(start, block), past_key_values=self.cache, use_cache=self.cache is not None)
-        return states.last_hidden_state[:, -max(1, block):]
+        out = run(**new, mask=self.look(start, block), past_key_values=self.cache,
+                  use_cache=self.cache is not None)
+        return out.last_hidden_state[:, -max(1, block):]
 
     def look(self, start: int, block: int): # A mask as LLaMA takes it, or None
         "What the positions from `start` on may look at."
-        if not block: return self.mask if self.static else self.mask[:, :self.end] if self.padded else None
-        allowed = torch.ones(self.end - start, self.end, dtype=torch.bool, device=self.mask.device).tril(start)
+        if not block and self.static: return self.mask
+        if not block: return self.mask[:, :self.end] if self.padded else None
+        shape, device = (self.end - start, self.end), self.mask.device
+        allowed = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
         allowed[-block:] = True
         return additive(allowed & (self.mask[:, None, :self.end] > 0), itself=False)
 
@@ -526,56 +654,77 @@ class Reader:
 class Row:
     "What one row of a batch has written, and where it stands."
     def __init__(self, painting: bool):
-        self.at = 0 if painting else -1                       # image tokens written so far; -1: it writes words
-        self.pieces, self.words, self.opened, self.done = [{}] if painting else [], 0, 0, False
+        self.at = 0 if painting else -1         # image tokens written so far; -1: it writes words
+        self.pieces = [{}] if painting else []  # in order: lists of ids, and {scale: features}
+        self.words = self.opened = 0            # words written, images opened
+        self.done = False
 
     def take(self, id, n, boi, eos, go_on, max_words): # n: tokens of an image
         "Note what was just written, words or a token of an image."
-        if self.at == n: self.at = -1                         # [/IMG]: words again
-        elif self.at >= 0: self.at += 1; self.done = self.at == n and not go_on
+        if self.at == n: self.at = -1           # [/IMG]: words again
+        elif self.at >= 0:
+            self.at += 1
+            self.done = self.at == n and not go_on
         elif id == eos or self.words == max_words: self.done = True
-        elif id == boi: self.at, self.opened = 0, self.opened + 1; self.pieces.append({})
-        else:
-            if not self.pieces or isinstance(self.pieces[-1], dict): self.pieces.append([])
-            self.words += 1; self.pieces[-1].append(id)
+        elif id == boi:
+            self.at = 0
+            self.opened += 1
+            self.pieces.append({})
+        else: self.add_word(id)
+
+    def add_word(self, id):
+        "One word more."
+        if not self.pieces or isinstance(self.pieces[-1], dict): self.pieces.append([])
+        self.pieces[-1].append(id)
+        self.words += 1
 
 # %% ../nbs/03_mllm.ipynb #943b2210
 class Writer:
     "Continues the rows of a batch with words and features: each step writes one token of each row."
-    def __init__(self, model, b, stop, max_images, go_on, max_words, on_scale=None, seeds=0, consistent=None, cache="dynamic", compile=False, room=0):
-        config = model.config
-        self.model, self.on_scale, self.max_images, self.go_on, self.max_words = model, on_scale, max_images, go_on, max_words
+    def __init__(self, model, b, stop, max_images, go_on, max_words, on_scale=None, seeds=0,
+                 consistent=None, cache="dynamic", compile=False, room=0):
+        config, B, L = model.config, *b["ids"].shape
+        self.model, self.on_scale = model, on_scale
+        self.max_images, self.go_on, self.max_words = max_images, go_on, max_words
         self.rows = [Row(painting=i == config.image_ids[0]) for i in b["ids"][:, -1].tolist()]
-        self.seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * len(self.rows)
-        self.slots = slots(stop, config.first_scale)
+        self.seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * B
+        self.slots, self.steps = slots(stop, config.first_scale), 0
         self.consistent = config.consistency if consistent is None else consistent
         images = max_images + any(r.at == 0 for r in self.rows)
-        self.reader = Reader(model, b, cache, (len(self.slots) + 2) * images + max_words + room, compile)
-        self.device, self.steps = self.reader.mask.device, 0
-        self.canvas = torch.zeros(len(self.rows), len(SCALE_OF_SLOT), config.feature_size, device=self.device)
+        room += (len(self.slots) + 2) * images + max_words
+        self.reader = Reader(model, b, cache, room, compile)
+        self.device = self.reader.mask.device
+        self.canvas = torch.zeros(B, len(PARENTS), config.feature_size, device=self.device)
         self.cell, self.parent = self.next_cell()
-        self.reader.inputs["cell"][:, b["ids"].shape[1] - 1:b["ids"].shape[1]] = self.cell
+        self.reader.inputs["cell"][:, L - 1:L] = self.cell
 
     def next_cell(self): # (B x 1, B x 1 x C)
         "The cell that each row writes next, or -1, and that cell's parent."
-        cell = torch.tensor([self.slots.start + r.at if 0 <= r.at < len(self.slots) else -1 for r in self.rows], device=self.device)[:, None]
-        return cell, features_at(self.canvas, torch.where(cell >= 0, PARENTS.to(cell.device)[cell.clamp_min(0)], -1))
+        n, first = len(self.slots), self.slots.start
+        cells = [first + r.at if 0 <= r.at < n else -1 for r in self.rows]
+        cell = torch.tensor(cells, device=self.device)[:, None]
+        up = torch.where(cell >= 0, PARENTS.to(self.device)[cell.clamp_min(0)], -1)
+        return cell, features_at(self.canvas, up)
 
     def paint(self, hidden, painting):
         "The next feature of the rows that paint."
-        c = self.model.config
-        noise = None if c.head == "regression" else noise_for(self.seeds, 1, c.feature_size, keys=("write", self.steps)).to(self.device)
+        c, noise = self.model.config, None
+        if c.head != "regression":
+            noise = noise_for(self.seeds, 1, c.feature_size, keys=("write", self.steps))
+            noise = noise.to(self.device)
         written = self.model.write_feature(hidden, noise, self.cell, self.parent).float()
         self.canvas[painting, self.cell[painting, 0]] = written[painting, 0]
 
     def words(self, hidden): # One id a row
-        "The likeliest word of each row; [IMG] only where a row may open an image, and [/IMG] where one has ended."
-        (boi, eoi), eos, n = self.model.config.image_ids, self.model.config.text_config.eos_token_id, len(self.slots)
-        if not any(r.at < 0 and not r.done for r in self.rows): return [eoi if r.at == n else eos for r in self.rows]
-        logits = self.model.write_text(hidden[:, 0]).float()
-        logits[:, eoi] = -torch.inf
-        logits[[k for k, r in enumerate(self.rows) if r.opened == self.max_images], boi] = -torch.inf
-        return [eoi if r.at == n else i for r, i in zip(self.rows, logits.argmax(-1).tolist())]
+        "The likeliest word of each row; [IMG] only where it may be, [/IMG] only after an image."
+        boi, eoi = self.model.config.image_ids
+        n, ids = len(self.slots), [self.model.config.text_config.eos_token_id] * len(self.rows)
+        if any(r.at < 0 and not r.done for r in self.rows):
+            logits = self.model.write_text(hidden[:, 0]).float()
+            closed = [k for k, r in enumerate(self.rows) if r.opened == self.max_images]
+            logits[:, eoi] = logits[closed, boi] = -torch.inf
+            ids = logits.argmax(-1).tolist()
+        return [eoi if r.at == n else i for r, i in zip(self.rows, ids)]
 
     def finish(self, i, rows): # Whether the scale was changed
         "Scale i is complete in these rows: make it consistent, keep it, tell the caller."
@@ -586,44 +735,58 @@ class Writer:
         if self.on_scale: self.on_scale(i, grid, rows)
         return change
 
+    def account(self, ids, painting): # Scales that were changed, with their rows
+        "Note what was written; finish the scales that are complete."
+        c, n, changed = self.model.config, len(self.slots), []
+        for r, id in zip(self.rows, ids):
+            if r.done: continue
+            r.take(id, n, c.image_ids[0], c.text_config.eos_token_id, self.go_on, self.max_words)
+        for i in SCALES:
+            end = slots(i, i).stop - self.slots.start
+            rows = [k for k in painting if self.rows[k].at == end]
+            if rows and self.finish(i, rows): changed.append((i, rows))
+        return changed
+
     def step(self):
         "Write one token of each row, and read it."
-        config, written = self.model.config, self.cell
         painting = [k for k, r in enumerate(self.rows) if 0 <= r.at < len(self.slots)]
-        hidden = self.reader.read()
+        hidden, slot = self.reader.read(), self.cell
         if painting: self.paint(hidden, painting)
         ids = self.words(hidden)
-        for r, id in zip(self.rows, ids):
-            if not r.done: r.take(id, len(self.slots), config.image_ids[0], config.text_config.eos_token_id, self.go_on, self.max_words)
-        ends = {i: [k for k in painting if self.slots.start + self.rows[k].at == slots(i, i).stop] for i in SCALES}
-        changed = [(i, rows) for i, rows in ends.items() if rows and self.finish(i, rows)]
+        changed = self.account(ids, painting)
         self.cell, self.parent = self.next_cell()
-        self.reader.append(ids=torch.tensor(ids, device=self.device)[:, None], slot=written, features=features_at(self.canvas, written), cell=self.cell, parent=self.parent)
+        ids = torch.tensor(ids, device=self.device)[:, None]
+        features = features_at(self.canvas, slot)
+        place = dict(cell=self.cell, parent=self.parent)
+        self.reader.append(ids=ids, slot=slot, features=features, **place)
         for i, rows in changed: self.reader.correct(rows, self.canvas[rows][:, list(slots(i, i))])
         self.steps += 1
 
+# %% ../nbs/03_mllm.ipynb #35bd4536
 @torch.no_grad()
 def write(
-    model, b,                # A left-padded batch of `collate`; rows that end with [IMG] begin with an image
+    model, b,                # A left-padded batch of `collate`; after [IMG] a row paints first
     stop: int = 0,           # Images end after this scale
     max_images: int = 1,     # Images a row may open by itself
     go_on: bool = True,      # Whether a row goes on with words after an image
     max_words: int = 60,     # Tokens of text a row, at most
     cache: str = "dynamic",  # As for `Reader`
-    on_scale=None,           # Called with (scale, n x N x C features, rows) as soon as a scale is complete
+    on_scale=None,           # Called with (scale, n x N x C features, rows) when one is complete
     seeds=0,                 # For heads that draw at random: one seed, or one a row
     compile: bool = False,   # torch.compile the step
-    consistent: bool = None  # Shift each scale to the means of the coarser one; None: as the model's configuration says
+    consistent: bool = None  # Shift scales to the means of the coarser one; None: as configured
 ): # For each row its pieces in order: lists of ids, and {scale: N x C raw features}
     "Continue prompts with words, images, or both (section 3.3)."
-    writer = Writer(model, b, stop, max_images, go_on, max_words, on_scale, seeds, consistent, cache, compile)
+    writer = Writer(model, b, stop, max_images, go_on, max_words, on_scale, seeds, consistent,
+                    cache, compile)
     while not all(r.done for r in writer.rows): writer.step()
     return [r.pieces for r in writer.rows]
 
 # %% ../nbs/03_mllm.ipynb #84adfd09
 def write_image(model, b, stop: int = 0, **kwargs): # {scale: B x N x C}, raw features
     "One image for each prompt that ends with [IMG], from f4 down to `stop`."
-    if not (b["ids"][:, -1] == model.config.image_ids[0]).all(): raise UserError("every prompt must end with [IMG]: use prompt_batch(..., image=True)")
+    if not (b["ids"][:, -1] == model.config.image_ids[0]).all():
+        raise UserError("every prompt must end with [IMG]: use prompt_batch(..., image=True)")
     written = [p[0] for p in write(model, b, stop, max_images=0, go_on=False, **kwargs)]
     return {i: torch.stack([w[i] for w in written]) for i in written[0]}
 
@@ -631,42 +794,64 @@ def write_text(model, b, max_words: int = 60, **kwargs): # List of lists of ids
     "Words only, the likeliest one each time, until </s>."
     return [p[0] if p else [] for p in write(model, b, max_images=0, max_words=max_words, **kwargs)]
 
-def prompt_batch(segments_list, tokenizer, store, read: int, image: bool, first: int = 4): # A left-padded batch, with [IMG] at its end if `image`
-    "Prompts to continue; `image` opens an image."
+def prompt_batch(
+    segments_list, tokenizer, store,
+    read: int,     # Scale at which images end that are only read
+    image: bool,   # Open an image at the end
+    first: int = 4 # Scale with which images begin
+): # A left-padded batch
+    "Prompts to continue."
     rows = [build_sequence(g, tokenizer, 0, read, False, first) for g in segments_list]
     for s in rows:
         if image: s.add([tokenizer.convert_tokens_to_ids("[IMG]")], False)
     return collate(rows, store, tokenizer.pad_token_id, left=True)
 
 # %% ../nbs/03_mllm.ipynb #f6aaaa91
+def teacher_forced(model, tokenizer, captions, store: FeatureStore, stop: int): # {"f4": error, ...}
+    "Mean errors when each prediction builds on true features."
+    first = model.config.first_scale
+    pairs = [[text(c, False), image(k, True)] for k, c in enumerate(captions)]
+    rows = [build_sequence(p, tokenizer, stop, first=first) for p in pairs]
+    b = collate(rows, store, tokenizer.pad_token_id)
+    if model.config.head != "regression":
+        length, channels = b["features"].shape[1:]
+        b["noise"] = noise_for(range(len(captions)), length, channels + 1, keys=("dashboard",))
+    b = {k: v.to(next(model.parameters()).device) for k, v in b.items()}
+    counts = targets(b)
+    return {k: float(v) / max(1, int(counts[k].sum())) for k, v in loss_terms(model, b).items()}
+
 @torch.no_grad()
 def dashboard(
     model, tokenizer,
     captions,               # N prompts
     f0,                     # N x 256 x C: the true features of their images
     stop: int = 0
-): # {"teacher": [...], "free": [...], "variance": [...]} by scale, f4 first
-    "Error of written features, normalised so that predicting the mean scores 1, and the variance of what was written."
-    store = FeatureStore(f0, model.stats)
-    rows = [build_sequence([text(c, False), image(k, True)], tokenizer, stop, first=model.config.first_scale) for k, c in enumerate(captions)]
-    device = next(model.parameters()).device
-    b = {k: v.to(device) for k, v in collate(rows, store, tokenizer.pad_token_id).items()}
-    if model.config.head != "regression": b["noise"] = noise_for(range(len(captions)), b["ids"].shape[1], f0.shape[-1] + 1, keys=("dashboard",)).to(device)
-    counts = targets(b)
-    teacher = {k: float(v) / max(1, int(counts[k].sum())) for k, v in loss_terms(model, b).items()}
-    grids = write_image(model, prompt_batch([[text(c, False)] for c in captions], tokenizer, store, 4, image=True, first=model.config.first_scale), stop)
-    true, out = pyramid(f0.float()), dict(scale=[], teacher=[], free=[], variance=[])
-    for i in sorted(grids, reverse=True):
-        guess, aim = (model.stats.normalize(g.cpu(), i) for g in (grids[i], true[i]))
-        for k, v in zip(out, (f"f{i}", teacher[f"f{i}"], float(((guess - aim) ** 2).mean()), float(guess.var()))): out[k].append(v)
+): # {"scale": [...], "teacher": [...], "free": [...], "variance": [...]}, f4 first
+    "Errors of written features (the mean would score 1), and the variance of what was written."
+    store, true = FeatureStore(f0, model.stats), pyramid(f0.float())
+    teacher = teacher_forced(model, tokenizer, captions, store, stop)
+    prompts = [[text(c, False)] for c in captions]
+    b = prompt_batch(prompts, tokenizer, store, 4, image=True, first=model.config.first_scale)
+    out = dict(scale=[], teacher=[], free=[], variance=[])
+    for i, grid in sorted(write_image(model, b, stop).items(), reverse=True):
+        guess, aim = model.stats.normalize(grid.cpu(), i), model.stats.normalize(true[i], i)
+        out["scale"].append(f"f{i}")
+        out["teacher"].append(teacher[f"f{i}"])
+        out["free"].append(float(((guess - aim) ** 2).mean()))
+        out["variance"].append(float(guess.var()))
     return out
 
 def plot_dashboard(d, ax=None):
     "Bars of the two errors and the variance for each scale."
-    ax = ax or plt.subplots(figsize=(6, 2.5))[1]
+    ax = ax or plt.subplots(figsize=(6, 2.5), layout="constrained")[1]
     x = np.arange(len(d["scale"]))
-    for k, name in enumerate(("teacher", "free", "variance")): ax.bar(x + .27 * (k - 1), d[name], .25, label=dict(teacher="error, teacher-forced", free="error, free-running", variance="variance of predictions")[name])
-    ax.axhline(1, color="k", lw=.7, ls=":"); ax.set_xticks(x, d["scale"]); ax.legend(fontsize=7)
+    labels = dict(teacher="error, teacher-forced", free="error, free-running",
+                  variance="variance of predictions")
+    for k, (name, label) in enumerate(labels.items()):
+        ax.bar(x + .27 * (k - 1), d[name], .25, label=label)
+    ax.axhline(1, color="k", lw=.7, ls=":")
+    ax.set_xticks(x, d["scale"])
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/03_mllm.ipynb #ffd326ee
@@ -674,7 +859,8 @@ def spread(tokens): # B x N x C, row-major, N a square number -> B x 4N x C
     "Repeat each token over the 2 x 2 cells that it covers."
     B, N, C = tokens.shape
     side = int(N**0.5)
-    return tokens.reshape(B, side, 1, side, 1, C).expand(B, side, 2, side, 2, C).reshape(B, 4 * N, C)
+    grid = tokens.reshape(B, side, 1, side, 1, C).expand(B, side, 2, side, 2, C)
+    return grid.reshape(B, 4 * N, C)
 
 class ParentPath(nn.Module):
     "Tells a position which cell it writes and what the coarser grid has there (ours)."
@@ -698,8 +884,11 @@ class ParentPath(nn.Module):
         return (raw - stats.mean[scale]) / stats.std[scale] * has_parent[..., None]
 
 # %% ../nbs/03_mllm.ipynb #e11dbd17
-def add_cells(b, seen): # A batch, and B x L x C that are fed in -> {"cell": B x L, "parent": B x L x C}
-    "Which cell each position writes (or is, in an image that is only read), and the parent of what it writes."
+def add_cells(
+    b,    # A batch
+    seen  # B x L x C: the features that are fed in
+): # {"cell": B x L, "parent": B x L x C}
+    "The cell each position writes (or is, if its image is only read), and that cell's parent."
     slot, learn, block = b["slot"], b["learn"] & (b["slot"] >= 0), b.get("block")
     goal = torch.where(learn, slot, -1)            # cells that are written, where they stand
     written = F.pad(goal[:, 1:], (0, 1), value=-1) # a position writes the token after it ...
@@ -718,7 +907,12 @@ def make_consistent(fine, coarse): # Raw features: B x 4N x C, B x N x C -> B x 
     "Shift each block of 2 x 2 so that its mean is the coarser token (Eq. 1)."
     return fine + spread(coarse - pool(fine))
 
-def finish_scale(stats: FeatureStats, canvas, i: int, consistent: bool): # B x N x C, raw features; canvas: B x 341 x C, normalised
+def finish_scale(
+    stats: FeatureStats,
+    canvas,           # B x 341 x C, normalised; changed in place
+    i: int,           # The scale that is complete
+    consistent: bool
+): # B x N x C, raw features
     "A scale that is complete; made consistent in the canvas, too, if asked."
     here = list(slots(i, i))
     grid = stats.denormalize(canvas[:, here], i)
@@ -728,12 +922,26 @@ def finish_scale(stats: FeatureStats, canvas, i: int, consistent: bool): # B x N
     return grid
 
 # %% ../nbs/03_mllm.ipynb #62e1a074
-def scale_blocks(b, whole: int = 1): # B x L; -1 for everything but learnt tokens of scale `whole` and finer ones
-    "One number for each scale of each image that is written at once."
+def scale_blocks(b, whole: int = 1): # B x L; -1 for everything but learnt tokens of these scales
+    "One number for each scale, `whole` and finer, of each image that is written."
     slot = b["slot"]
     scale = SCALE_OF_SLOT.to(slot.device)[slot.clamp_min(0)]
     image = torch.arange(slot.shape[1], device=slot.device) - slot  # where it begins
-    return torch.where(b["learn"] & (slot >= 0) & (scale <= whole), image * len(SCALES) + scale, -1)
+    here = b["learn"] & (slot >= 0) & (scale <= whole)
+    return torch.where(here, image * len(SCALES) + scale, -1)
+
+def write_block(writer: Writer, i: int): # The scale's features in the writer's canvas
+    "Write all tokens of scale i in one pass."
+    c, canvas, B = writer.model.config, writer.canvas, len(writer.rows)
+    cell = torch.tensor(list(slots(i, i)), device=canvas.device).expand(B, -1)
+    parent = features_at(canvas, PARENTS.to(canvas.device)[cell])
+    nothing, noise = torch.zeros_like(parent), None
+    if c.head != "regression":
+        noise = noise_for(writer.seeds, *parent.shape[1:], keys=("write", i)).to(canvas.device)
+    ids = torch.zeros_like(cell)
+    writer.reader.append(ids=ids, slot=cell, features=nothing, cell=cell, parent=parent)
+    hidden = writer.reader.read(block=TOKENS[i])
+    canvas[:, list(slots(i, i))] = writer.model.write_feature(hidden, noise, cell, parent)
 
 @torch.no_grad()
 def write_scales(
@@ -741,17 +949,14 @@ def write_scales(
     stop: int = 0,  # Last scale
     on_scale=None, seeds=0, consistent: bool = None # As for `write`
 ): # {scale: B x N x C}, raw features
-    "Write images token by token down to the scale before `whole_scale`, and then in one pass a scale."
-    c, rows = model.config, list(range(len(b["ids"])))
-    if model.path is None: raise UserError("whole scales at once need a model with the parent path: leave out --fast")
-    writer = Writer(model, b, max(stop, c.whole_scale + 1), 0, False, 0, on_scale, seeds, consistent, room=tokens_until(stop))
+    "Write images token by token down to `whole_scale`; this and finer ones in a pass each."
+    first = model.config.whole_scale
+    if model.path is None:
+        raise UserError("whole scales at once need a model with the parent path: leave out --fast")
+    writer = Writer(model, b, max(stop, first + 1), 0, False, 0, on_scale, seeds, consistent,
+                    room=tokens_until(stop))
     while not all(r.done for r in writer.rows): writer.step()
-    reader, canvas = writer.reader, writer.canvas
-    for i in range(c.whole_scale, stop - 1, -1):
-        cell = torch.tensor(list(slots(i, i)), device=canvas.device).expand(len(rows), -1)
-        parent = features_at(canvas, PARENTS.to(canvas.device)[cell])
-        reader.append(ids=torch.zeros_like(cell), slot=cell, features=torch.zeros_like(parent), cell=cell, parent=parent)
-        noise = None if c.head == "regression" else noise_for(writer.seeds, *parent.shape[1:], keys=("write", i)).to(canvas.device)
-        canvas[:, list(slots(i, i))] = model.write_feature(reader.read(block=TOKENS[i]), noise, cell, parent)
-        writer.finish(i, rows)
+    for i in range(first, stop - 1, -1):
+        write_block(writer, i)
+        writer.finish(i, list(range(len(writer.rows))))
     return {i: torch.stack([r.pieces[0][i] for r in writer.rows]) for i in writer.rows[0].pieces[0]}

@@ -38,28 +38,41 @@ class Baseline(ParentPath):
 
 # %% ../nbs/03c_mllm_variants.ipynb #c7d3e035
 class FlowHead(nn.Module):
-    "Draws a feature: moves noise along a learnt velocity that depends on the hidden state (ours, after MAR)."
+    "Draws a feature: moves noise along a learnt velocity (ours, after MAR)."
     def __init__(self, width, channels, size: int = 256, steps: int = 8):
         super().__init__()
-        self.steps, self.enter, self.told, self.time = steps, nn.Linear(channels, size), nn.Linear(width, size), nn.Linear(8, size)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size)) for _ in range(3))
-        self.leave = nn.Linear(size, channels)
+        self.steps = steps
+        self.enter, self.told = nn.Linear(channels, size), nn.Linear(width, size)
+        self.time, self.leave = nn.Linear(8, size), nn.Linear(size, channels)
+        self.blocks = nn.ModuleList(self.block(size) for _ in range(3))
+
+    def block(self, size):
+        "What is added to the state three times."
+        layers = nn.LayerNorm(size), nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size)
+        return nn.Sequential(*layers)
 
     def velocity(self, x, t, hidden): # ... x C, ... x 1, ... x width
-        waves = torch.cat([f(math.pi * t * 2**k) for k in range(4) for f in (torch.sin, torch.cos)], -1)
+        "Where to move, given the hidden state."
+        angles = [math.pi * t * 2**k for k in range(4)]
+        waves = torch.cat([w for a in angles for w in (torch.sin(a), torch.cos(a))], -1)
         z = self.enter(x.to(hidden.dtype)) + self.told(hidden) + self.time(waves.to(hidden.dtype))
         for block in self.blocks: z = z + block(z)
         return self.leave(F.silu(z))
 
     def error(self, hidden, target, noise): # noise: ... x (C + 1), the last one for the time
         "Squared error of the velocity at a random time, mean over channels."
-        if noise is None: noise = target.new_zeros(*target.shape[:-1], target.shape[-1] + 1)  # nothing to learn: a prompt
+        if noise is None: # nothing to learn: a prompt
+            noise = target.new_zeros(*target.shape[:-1], target.shape[-1] + 1)
         x, t = noise[..., :-1].float(), torch.special.ndtr(noise[..., -1:].float())
-        return ((self.velocity((1 - t) * x + t * target, t, hidden).float() - (target - x)) ** 2).mean(-1)
+        velocity = self.velocity((1 - t) * x + t * target, t, hidden).float()
+        return ((velocity - (target - x)) ** 2).mean(-1)
 
     def write(self, hidden, noise): # noise: ... x C
+        "Follow the velocity from noise to a feature."
         x = noise.to(hidden.dtype)
-        for k in range(self.steps): x = x + self.velocity(x, torch.full_like(x[..., :1], k / self.steps), hidden) / self.steps
+        for k in range(self.steps):
+            t = torch.full_like(x[..., :1], k / self.steps)
+            x = x + self.velocity(x, t, hidden) / self.steps
         return x
 
 HEADS["flow"] = FlowHead

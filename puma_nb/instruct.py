@@ -26,7 +26,7 @@ from .system import *
 from .pretrain import *
 
 # %% ../nbs/05_instruct.ipynb #71bf0e23
-INSTRUCT_SHARES = dict(t2i=0.26, caption=0.04, ground=0.03, edit=0.42, condition=0.08, question=0.13, read=0.04)  # ours: one model for all families
+INSTRUCT_SHARES = dict(t2i=0.30, caption=0.04, ground=0.03, edit=0.38, condition=0.08, question=0.13, read=0.04)  # ours: one model for all families
 INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")  # ours: yes/no twice as often
 INSTRUCT_TURNS = 4  # ours: questions a conversation; an answer is one word, a caption twenty, and the loss counts words
 

@@ -7,7 +7,7 @@ __all__ = ['PARENTS', 'SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'CACHES', 'or
            'features_at', 'Sequence', 'build_sequence', 'FeatureStore', 'pad_sequences', 'add_features', 'collate',
            'visible', 'additive', 'fill_rows', 'pack', 'PumaConfig', 'RegressionHead', 'PumaForConditionalGeneration',
            'image_ids', 'text_config', 'build_mllm', 'targets', 'text_loss', 'text_terms', 'image_terms', 'loss_terms',
-           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'blank_words', 'prepare_samples', 'make_cache',
+           'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'disturb_words', 'prepare_samples', 'make_cache',
            'Reader', 'Row', 'Writer', 'write', 'write_image', 'write_text', 'prompt_batch', 'teacher_forced',
            'dashboard', 'plot_dashboard', 'spread', 'ParentPath', 'add_cells', 'make_consistent', 'finish_scale',
            'scale_blocks', 'write_block', 'write_scales']
@@ -523,21 +523,21 @@ def batch(self: MLLMTask, positions, step):
     return {k: v.to(device) for k, v in b.items()}
 
 # %% ../nbs/03_mllm.ipynb #0da98ca3
-def blank_words(
+def disturb_words(
     b, words,      # A batch, and the ids of the words that may be disturbed
-    share: float,  # Of the learnt ones; given ones are left blank a third as often
+    share: float,  # Of the learnt ones
     pad: int,      # Id of a blank
     keys           # One key a row
 ): # B x L: the ids to feed in
-    "Feed in some words wrongly, or not at all; what is learnt stays."
+    "Feed in some learnt words wrongly, or not at all; what is learnt stays."
     fed, known = b["ids"].clone(), np.array(words)
     for r, key in enumerate(keys):
         draws = np_rng("words", *key).random((fed.shape[1], 3))  # a token's own three numbers
         chance, kind, which = draws.T
         learn, ids = b["learn"][r].numpy(), fed[r].numpy()
-        hit = np.isin(ids, known) & (chance < np.where(learn, share, share / 3))
+        hit = np.isin(ids, known) & learn & (chance < share)
         other = known[(which * len(known)).astype(int)]
-        wrong = np.where((kind < .5) | ~learn, pad, other)
+        wrong = np.where(kind < .5, pad, other)
         fed[r] = torch.from_numpy(np.where(hit, wrong, ids))
     return fed
 
@@ -550,7 +550,7 @@ def ours(self: MLLMTask, b, positions, step):
         colors = [to_ids(t, c) for c in COLORS]
         colors = [ids[0] for ids in colors if len(ids) == 1]
         keys = [(self.seed, int(p)) for p in positions]
-        b["fed"] = blank_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
+        b["fed"] = disturb_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
     at_once = np_rng(self.seed, self.name, "whole", step).random() < m.at_once
     if at_once: b["block"] = scale_blocks(b, m.whole_scale)
     return b

@@ -9,8 +9,8 @@ __all__ = ['PARENTS', 'SCALE_OF_SLOT', 'HEADS', 'TERMS', 'LOGITS', 'CACHES', 'or
            'image_ids', 'text_config', 'build_mllm', 'targets', 'text_loss', 'text_terms', 'image_terms', 'loss_terms',
            'loss_weights', 'term_gradients', 'thin_out', 'MLLMTask', 'disturb_words', 'prepare_samples', 'make_cache',
            'Reader', 'Row', 'Writer', 'write', 'write_image', 'write_text', 'prompt_batch', 'teacher_forced',
-           'dashboard', 'plot_dashboard', 'spread', 'ParentPath', 'add_cells', 'make_consistent', 'finish_scale',
-           'scale_blocks', 'write_block', 'write_scales']
+           'dashboard', 'plot_dashboard', 'spread', 'ParentPath', 'add_cells', 'make_consistent', 'scale_blocks',
+           'write_block', 'write_scales']
 
 # %% ../nbs/03_mllm.ipynb #0fac4177
 from dataclasses import replace
@@ -728,9 +728,13 @@ class Writer:
 
     def finish(self, i, rows): # Whether the scale was changed
         "Scale i is complete in these rows: make it consistent, keep it, tell the caller."
-        here, change = self.canvas[rows], self.consistent and i < self.model.config.first_scale
-        grid = finish_scale(self.model.stats, here, i, change)
-        self.canvas[rows] = here
+        stats, here = self.model.stats, torch.tensor(list(slots(i, i)), device=self.device)
+        grid = stats.denormalize(self.canvas[rows][:, here], i)
+        change = self.consistent and i < self.model.config.first_scale
+        if change: # ours, see below
+            coarser = torch.stack([self.rows[k].pieces[-1][i + 1] for k in rows])
+            grid = make_consistent(grid, coarser)
+            self.canvas[torch.tensor(rows)[:, None], here] = stats.normalize(grid, i)
         for k, g in zip(rows, grid): self.rows[k].pieces[-1][i] = g
         if self.on_scale: self.on_scale(i, grid, rows)
         return change
@@ -906,20 +910,6 @@ def add_cells(
 def make_consistent(fine, coarse): # Raw features: B x 4N x C, B x N x C -> B x 4N x C
     "Shift each block of 2 x 2 so that its mean is the coarser token (Eq. 1)."
     return fine + spread(coarse - pool(fine))
-
-def finish_scale(
-    stats: FeatureStats,
-    canvas,           # B x 341 x C, normalised; changed in place
-    i: int,           # The scale that is complete
-    consistent: bool
-): # B x N x C, raw features
-    "A scale that is complete; made consistent in the canvas, too, if asked."
-    here = list(slots(i, i))
-    grid = stats.denormalize(canvas[:, here], i)
-    if consistent:
-        grid = make_consistent(grid, stats.denormalize(canvas[:, list(slots(i + 1, i + 1))], i + 1))
-        canvas[:, here] = stats.normalize(grid, i)
-    return grid
 
 # %% ../nbs/03_mllm.ipynb #62e1a074
 def scale_blocks(b, whole: int = 1): # B x L; -1 for everything but learnt tokens of these scales

@@ -37,7 +37,8 @@ class UserError(ValueError):
 def parse_scale(text: str|int): # `4`, `"f4"` or `"4"`
     "A scale 0..4 from what a user wrote."
     s = str(text).lower().removeprefix("f")
-    if s not in {str(i) for i in SCALES}: raise UserError(f"unknown scale {text!r}: choose one of 0, 1, 2, 3, 4 (f0 is the finest)")
+    if s not in {str(i) for i in SCALES}:
+        raise UserError(f"unknown scale {text!r}: choose one of 0, 1, 2, 3, 4 (f0 is the finest)")
     return int(s)
 
 # %% ../nbs/00_core.ipynb #176d5b9a
@@ -51,6 +52,7 @@ class WorldPreset:
     edits: int              # edit pairs for training
     conditions: int         # (grey image, image) pairs for training
 
+# %% ../nbs/00_core.ipynb #401b562d
 @dataclass(frozen=True)
 class EncoderPreset:
     "The CLIP image encoder."
@@ -80,7 +82,8 @@ class DecoderPreset:
     layers_per_block: int
     heads: int|tuple        # attention heads; a tuple gives each level its own
     transformers: tuple     # transformer blocks at each level; 0: convolutions only
-    linear_projection: bool # how features enter and leave a transformer block: linear, or a convolution of one pixel
+    # how features enter and leave a transformer block: linear, or a convolution of one pixel
+    linear_projection: bool
     cross_size: int         # width of the mapped features in cross-attention
     norm_groups: int
     normalize: bool         # whether features are normalised with statistics kept in the decoder
@@ -92,7 +95,8 @@ class DecoderPreset:
     min_snr: float          # 0 turns the weighting off
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
     min_side: int           # pixels; smaller pictures are left out of training
-    features: str           # "cached": encoded once and kept; "online": encoded anew for every batch
+    # "cached": encoded once and kept; "online": encoded anew for every batch
+    features: str
     attention: str          # "plain" or "fused"
     sampler: str            # a diffusers scheduler
     sampling_steps: int
@@ -118,20 +122,28 @@ class MLLMPreset:
     reduction: str          # how Eq. 2 sums: one of `REDUCTIONS`
     first_scale: int        # images begin with this scale: 4, or 0 for an f0-only control
     head: str               # what writes features: "regression", or a variant of chapter 3c
-    pack: int               # tokens of a row that holds several sequences; 0 pads one sequence a row
-    feature_noise: tuple    # largest noise on the features that are fed in while training, f0..f4
+    # tokens of a row that holds several sequences; 0 pads one sequence a row
+    pack: int
+    # largest noise on the features that are fed in while training, f0..f4
+    feature_noise: tuple
     depth_shares: tuple     # share of batches whose pyramids stop at f0..f4
     tune_depth_shares: tuple # the same in instruction tuning
-    thin: int               # images of twice this many tokens come with half the sequences, and so on; 0: never
+    # images of twice this many tokens come with half the sequences, and so on; 0: never
+    thin: int
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
-    parent_path: bool       # a position knows the cell it writes and its parent in the coarser grid
-    consistency: bool       # a written scale is shifted so that its 2x2 means are the coarser scale
+    # a position knows the cell it writes and its parent in the coarser grid
+    parent_path: bool
+    # a written scale is shifted so that its 2x2 means are the coarser scale
+    consistency: bool
     at_once: float          # share of training steps in which fine scales are written at once
     whole_scale: int        # this scale and all finer ones can be written at once
-    text_mean: str          # "token": every learnt token counts alike; "segment": as 1 / sqrt(words of its segment)
-    structure_weight: float # of [IMG], [/IMG] and </s>, where "segment" keeps them out of the text's mean
-    disturbed_words: float  # share of learnt colour words that are fed in wrongly or not at all
+    # "token": every learnt token counts alike; "segment": as 1 / sqrt(words of its segment)
+    text_mean: str
+    # of [IMG], [/IMG] and </s>, where "segment" keeps them out of the text's mean
+    structure_weight: float
+    # share of learnt colour words that are fed in wrongly or not at all
+    disturbed_words: float
 
 # %% ../nbs/00_core.ipynb #3e20c9f2
 @dataclass(frozen=True)
@@ -146,9 +158,11 @@ class StagePreset:
     clip: float
     weight_decay: float
     ema: float              # 0 turns it off
-    checkpointing: bool = False # recompute activations in the backward pass instead of keeping them
+    # recompute activations in the backward pass instead of keeping them
+    checkpointing: bool = False
     compile: bool = False   # torch.compile; needs a C++ compiler on a CPU
 
+# %% ../nbs/00_core.ipynb #b8348caf
 @dataclass(frozen=True)
 class Preset:
     "A size of the whole system, and where each of its numbers comes from."
@@ -162,136 +176,442 @@ class Preset:
     sources: dict = field(repr=False)  # "decoder.blank" -> "A.1"
 
 # %% ../nbs/00_core.ipynb #25660c48
-_PARTS = dict(world=WorldPreset, encoder=EncoderPreset, autoencoder=AutoencoderPreset, decoder=DecoderPreset, mllm=MLLMPreset)
+_PARTS = dict(
+    world=WorldPreset,
+    encoder=EncoderPreset,
+    autoencoder=AutoencoderPreset,
+    decoder=DecoderPreset,
+    mllm=MLLMPreset,
+)
 
+# %% ../nbs/00_core.ipynb #e7e79e45
+def _merge(base: dict, table: dict):
+    "Both tables in one; what `table` names takes the place of `base`'s."
+    return {part: {**base.get(part, {}), **table.get(part, {})} for part in {**base, **table}}
+
+def _values(rows: dict):
+    "The numbers of one part, without their sources."
+    return {key: value for key, (value, _) in rows.items()}
+
+def _sources(table: dict):
+    'Where each number comes from, under names such as "decoder.blank".'
+    sources = {}
+    for part, rows in table.items():
+        for key, (_, source) in rows.items(): sources[f"{part}.{key}"] = source
+    return sources
+
+# %% ../nbs/00_core.ipynb #034397b4
 def make_preset(
     name: str,          # Its name
     table: dict,        # part -> field -> (value, source); stages are named "stage.pretrain"
     base: dict = None,  # A table whose numbers hold where `table` says nothing
 ): # A frozen `Preset`
     "Build a preset from a table of (value, source) pairs."
-    full = {part: {**(base or {}).get(part, {}), **table.get(part, {})} for part in {**(base or {}), **table}}
-    cut = {part: {k: v for k, (v, _) in rows.items()} for part, rows in full.items()}
-    stages = {p.split(".")[1]: StagePreset(**v) for p, v in cut.items() if p.startswith("stage.")}
-    sources = {f"{p}.{k}": s for p, rows in full.items() for k, (_, s) in rows.items()}
-    return Preset(name, **{p: c(**cut[p]) for p, c in _PARTS.items()}, stages=stages, sources=sources)
+    full = _merge(base or {}, table)
+    values = {part: _values(rows) for part, rows in full.items()}
+    stages = {}
+    for part, v in values.items():
+        if part.startswith("stage."):
+            stages[part.split(".")[1]] = StagePreset(**v)
+    parts = {part: cls(**values[part]) for part, cls in _PARTS.items()}
+    return Preset(name, **parts, stages=stages, sources=_sources(full))
 
 # %% ../nbs/00_core.ipynb #ccb569c9
 _BUDGET = "ours: fits the hour on two cores"
-def _stage(steps, batch, lr, warmup, schedule=("linear", "A.1"), clip=(1.0, "A.1"), weight_decay=0.01, ema=(0.0, "ours: off"), lr_projector=(0.0, "ours: one rate")):
-    return dict(steps=(steps, _BUDGET), batch=(batch, _BUDGET), lr=(lr, "ours: small models take larger steps"), warmup=(warmup, _BUDGET),
-                schedule=schedule, clip=clip, weight_decay=(weight_decay, "ours: the optimiser's default"), ema=ema, lr_projector=lr_projector,
-                checkpointing=(False, "ours: memory is no concern here"), compile=(False, "ours: compiling takes as long as it saves here"))
 _EMA = (0.995, "ours: averages away the last steps' noise")
-_COSINE, _CLIP5 = ("cosine", "A.2"), (5.0, "A.2")
+_COSINE = ("cosine", "A.2")
+_CLIP5 = (5.0, "A.2")
+
+def _stage(
+    steps, batch, lr, warmup,
+    schedule=("linear", "A.1"),
+    clip=(1.0, "A.1"),
+    weight_decay=0.01,
+    ema=(0.0, "ours: off"),
+    lr_projector=(0.0, "ours: one rate"),
+):
+    "The table of one of nano's stages."
+    return dict(
+        steps=(steps, _BUDGET),
+        batch=(batch, _BUDGET),
+        lr=(lr, "ours: small models take larger steps"),
+        warmup=(warmup, _BUDGET),
+        schedule=schedule,
+        clip=clip,
+        weight_decay=(weight_decay, "ours: the optimiser's default"),
+        ema=ema,
+        lr_projector=lr_projector,
+        checkpointing=(False, "ours: memory is no concern here"),
+        compile=(False, "ours: compiling takes as long as it saves here"),
+    )
 
 # %% ../nbs/00_core.ipynb #5b97762c
-_NANO = {
-    "world": dict(train=(12000, _BUDGET), pairs=(24000, "ours: two things in one picture must be seen in many combinations"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(12000, _BUDGET), conditions=(4000, _BUDGET)),
-    "encoder": dict(image_size=(32, "ours: 224 in 4.1"), patch_size=(2, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(96, "ours: 1024 in CLIP-L"),
-        layers=(4, "ours: 24 in CLIP-L"), heads=(3, "ours: 16 in CLIP-L"), mlp_size=(256, "ours: 4096 in CLIP-L"), projection_size=(64, "ours: 768 in CLIP-L")),
-    "autoencoder": dict(channels=((32, 64, 96), "ours"), layers_per_block=(1, "ours"), latent_channels=(8, "ours: 4 in SDXL"), norm_groups=(16, "ours"), attention=(False, "ours: on in SDXL"), image_size=(32, "ours: 1024 in SDXL")),
-    "decoder": dict(channels=((64, 96), "ours: (320, 640, 1280) in SDXL"), layers_per_block=(1, "ours: 2 in SDXL"), heads=(2, "ours: few heads are faster"),
-        transformers=((1, 1), "ours: (0, 2, 10) in SDXL"), linear_projection=(False, "ours: linear in SDXL"),
-        cross_size=(96, "ours: 2048 in SDXL"), norm_groups=(16, "ours"), normalize=(True, "ours: not in [code]"), position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
-        coordinates=(16, "ours: none in [code]"), prediction=("v_prediction", "ours: epsilon in SDXL"), noise_offset=(0.1, "A.1"), blank=(0.1, "A.1"),
-        min_snr=(5.0, "ours"), feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"), min_side=(32, "ours: 512 in A.1"), features=("cached", "ours: they fit into memory"), attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
-        sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"), sampling_steps=(12, "ours: 50 in [code]"), guidance=(1.0, "ours: away from black only brightens flat scenes, 25.0 against 16.5 dB at f0 on 12 images; 2.0 in [code]")),
-    "mllm": dict(vocab_size=(512, "ours"), hidden_size=(192, "ours: 4096 in LLaMA-3 8B"), layers=(6, "ours: 32 in LLaMA-3 8B"), heads=(3, "ours: 32 in LLaMA-3 8B"),
-        kv_heads=(3, "ours: 8 in LLaMA-3 8B"), mlp_size=(512, "ours: 14336 in LLaMA-3 8B"), rope_theta=(10000.0, "ours: 500000 in LLaMA-3"), tied=(False, "LLaMA-3 8B"),
-        text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"), scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: 1, 8, 64, 512, 1024 in A.2.1"), reduction=("mean", "ours: one mean a scale"),
-        first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(128, "ours: a step of tuning took 0.18 s instead of 0.21 s"),
-        feature_noise=((0.9, 0.7, 0.5, 0.45, 0.4), "ours: about the error of free running"), depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08), "ours: full pyramids are sixteen times as long"), tune_depth_shares=((0.15, 0.30, 0.45, 0.06, 0.04), "ours: edits want fine scales, and these come last"), thin=(28, "ours: no step has many more tokens than one that stops at f2"),
-        read_scale=(2, "ours: all five in 3.3"), attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
-        parent_path=(True, "ours: f1 and f0 fail without (chapter 3)"), consistency=(True, "ours: Eq. 1 says that they must agree"),
-        at_once=(0.5, "ours: the same weights write whole scales, too"), whole_scale=(1, "ours: f4 to f2 are few tokens"), text_mean=("segment", "ours: a caption has twenty words, an answer one"),
-        structure_weight=(0.03, "ours: a tenth of the text's"), disturbed_words=(0.15, "ours: against learnt pairs of words")),
+_NANO = {}
+_NANO["world"] = dict(
+    train=(12000, _BUDGET),
+    pairs=(24000, "ours: two things in one picture must be seen in many combinations"),
+    val=(1000, "ours"),
+    max_objects=(2, "ours"),
+    edits=(12000, _BUDGET),
+    conditions=(4000, _BUDGET),
+)
+_NANO["encoder"] = dict(
+    image_size=(32, "ours: 224 in 4.1"),
+    patch_size=(2, "ours: keeps the 16x16 grid of 4.1"),
+    hidden_size=(96, "ours: 1024 in CLIP-L"),
+    layers=(4, "ours: 24 in CLIP-L"),
+    heads=(3, "ours: 16 in CLIP-L"),
+    mlp_size=(256, "ours: 4096 in CLIP-L"),
+    projection_size=(64, "ours: 768 in CLIP-L"),
+)
+_NANO["autoencoder"] = dict(
+    channels=((32, 64, 96), "ours"),
+    layers_per_block=(1, "ours"),
+    latent_channels=(8, "ours: 4 in SDXL"),
+    norm_groups=(16, "ours"),
+    attention=(False, "ours: on in SDXL"),
+    image_size=(32, "ours: 1024 in SDXL"),
+)
+
+# %% ../nbs/00_core.ipynb #05a6ee60
+_NANO["decoder"] = dict(
+    channels=((64, 96), "ours: (320, 640, 1280) in SDXL"),
+    layers_per_block=(1, "ours: 2 in SDXL"),
+    heads=(2, "ours: few heads are faster"),
+    transformers=((1, 1), "ours: (0, 2, 10) in SDXL"),
+    linear_projection=(False, "ours: linear in SDXL"),
+    cross_size=(96, "ours: 2048 in SDXL"),
+    norm_groups=(16, "ours"),
+    normalize=(True, "ours: not in [code]"),
+    position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
+    coordinates=(16, "ours: none in [code]"),
+    prediction=("v_prediction", "ours: epsilon in SDXL"),
+    noise_offset=(0.1, "A.1"),
+    blank=(0.1, "A.1"),
+    min_snr=(5.0, "ours"),
+    feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"),
+    min_side=(32, "ours: 512 in A.1"),
+    features=("cached", "ours: they fit into memory"),
+    attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
+    sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"),
+    sampling_steps=(12, "ours: 50 in [code]"),
+    guidance=(1.0, "ours: away from black only brightens flat scenes, "
+                   "25.0 against 16.5 dB at f0 on 12 images; 2.0 in [code]"),
+)
+
+# %% ../nbs/00_core.ipynb #e5465097
+_NANO["mllm"] = dict(
+    vocab_size=(512, "ours"),
+    hidden_size=(192, "ours: 4096 in LLaMA-3 8B"),
+    layers=(6, "ours: 32 in LLaMA-3 8B"),
+    heads=(3, "ours: 32 in LLaMA-3 8B"),
+    kv_heads=(3, "ours: 8 in LLaMA-3 8B"),
+    mlp_size=(512, "ours: 14336 in LLaMA-3 8B"),
+    rope_theta=(10000.0, "ours: 500000 in LLaMA-3"),
+    tied=(False, "LLaMA-3 8B"),
+    text_weight=(0.3, "ours: by gradient norms; 0.02 in A.2.1"),
+    scale_weights=((1.0, 1.0, 1.0, 1.0, 1.0), "ours: 1, 8, 64, 512, 1024 in A.2.1"),
+    reduction=("mean", "ours: one mean a scale"),
+    first_scale=(4, "3.3"),
+    head=("regression", "Eq. 2"),
+)
+
+# %% ../nbs/00_core.ipynb #c5e48624
+_NANO["mllm"] |= dict(
+    pack=(128, "ours: a step of tuning took 0.18 s instead of 0.21 s"),
+    feature_noise=((0.9, 0.7, 0.5, 0.45, 0.4), "ours: about the error of free running"),
+    depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08),
+                  "ours: full pyramids are sixteen times as long"),
+    tune_depth_shares=((0.15, 0.30, 0.45, 0.06, 0.04),
+                       "ours: edits want fine scales, and these come last"),
+    thin=(28, "ours: no step has many more tokens than one that stops at f2"),
+    read_scale=(2, "ours: all five in 3.3"),
+    attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
+    parent_path=(True, "ours: f1 and f0 fail without (chapter 3)"),
+    consistency=(True, "ours: Eq. 1 says that they must agree"),
+    at_once=(0.5, "ours: the same weights write whole scales, too"),
+    whole_scale=(1, "ours: f4 to f2 are few tokens"),
+    text_mean=("segment", "ours: a caption has twenty words, an answer one"),
+    structure_weight=(0.03, "ours: a tenth of the text's"),
+    disturbed_words=(0.15, "ours: against learnt pairs of words"),
+)
+
+# %% ../nbs/00_core.ipynb #20f0aea6
+_NANO |= {  # steps, batch, learning rate, warmup
     "stage.encoder": _stage(800, 64, 1.5e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
     "stage.base": _stage(3000, 64, 1.5e-3, 100, ema=_EMA),
-    "stage.f0": _stage(1000, 64, 1e-3, 50, ema=_EMA), "stage.f1": _stage(750, 64, 1e-3, 50, ema=_EMA), "stage.f2": _stage(500, 64, 1e-3, 50, ema=_EMA),
-    "stage.f3": _stage(375, 64, 1e-3, 50, ema=_EMA), "stage.f4": _stage(250, 64, 1e-3, 50, ema=_EMA),
+    "stage.f0": _stage(1000, 64, 1e-3, 50, ema=_EMA),
+    "stage.f1": _stage(750, 64, 1e-3, 50, ema=_EMA),
+    "stage.f2": _stage(500, 64, 1e-3, 50, ema=_EMA),
+    "stage.f3": _stage(375, 64, 1e-3, 50, ema=_EMA),
+    "stage.f4": _stage(250, 64, 1e-3, 50, ema=_EMA),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
     "stage.instruct": _stage(5500, 48, 6e-4, 50, _COSINE, _CLIP5),
 }
 
 # %% ../nbs/00_core.ipynb #baf3af4f
 _OFF = "the paper has none"
-_PLAIN = {
-    "mllm": dict(parent_path=(False, _OFF), consistency=(False, _OFF), at_once=(0.0, _OFF), text_mean=("token", "Eq. 2"), structure_weight=(0.0, _OFF),
-                 disturbed_words=(0.0, _OFF)),
-}
+_PLAIN = {"mllm": dict(
+    parent_path=(False, _OFF),
+    consistency=(False, _OFF),
+    at_once=(0.0, _OFF),
+    text_mean=("token", "Eq. 2"),
+    structure_weight=(0.0, _OFF),
+    disturbed_words=(0.0, _OFF),
+)}
 
 # %% ../nbs/00_core.ipynb #32b9fc90
 _FEW = "ours: for tests"
-_PICO = {
-    "world": dict(train=(64, _FEW), pairs=(64, _FEW), val=(16, _FEW), edits=(32, _FEW), conditions=(32, _FEW)),
-    "encoder": dict(hidden_size=(16, _FEW), layers=(1, _FEW), heads=(2, _FEW), mlp_size=(32, _FEW), projection_size=(8, _FEW)),
-    "autoencoder": dict(channels=((8, 8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW)),
-    "decoder": dict(channels=((8, 16), _FEW), heads=(2, _FEW), cross_size=(16, _FEW), norm_groups=(4, _FEW), coordinates=(8, _FEW), sampling_steps=(3, _FEW)),
-    "mllm": dict(hidden_size=(32, _FEW), layers=(2, _FEW), heads=(2, _FEW), kv_heads=(2, _FEW), mlp_size=(64, _FEW)),
-    **{f"stage.{s}": dict(steps=(4, _FEW), batch=(8, _FEW), warmup=(1, _FEW)) for s in ("encoder", "autoencoder", "base", "f0", "f1", "f2", "f3", "f4", "pretrain", "instruct")},
-}
+_PICO = {}
+_PICO["world"] = dict(
+    train=(64, _FEW), pairs=(64, _FEW), val=(16, _FEW), edits=(32, _FEW), conditions=(32, _FEW))
+_PICO["encoder"] = dict(
+    hidden_size=(16, _FEW), layers=(1, _FEW), heads=(2, _FEW), mlp_size=(32, _FEW),
+    projection_size=(8, _FEW))
+_PICO["autoencoder"] = dict(
+    channels=((8, 8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW))
+_PICO["decoder"] = dict(
+    channels=((8, 16), _FEW), heads=(2, _FEW), cross_size=(16, _FEW), norm_groups=(4, _FEW),
+    coordinates=(8, _FEW), sampling_steps=(3, _FEW))
+_PICO["mllm"] = dict(
+    hidden_size=(32, _FEW), layers=(2, _FEW), heads=(2, _FEW), kv_heads=(2, _FEW),
+    mlp_size=(64, _FEW))
+
+# %% ../nbs/00_core.ipynb #e1cfe998
+_SHORT = dict(steps=(4, _FEW), batch=(8, _FEW), warmup=(1, _FEW))
+_PICO |= {f"stage.{name}": _SHORT for name in (
+    "encoder", "autoencoder", "base", "f0", "f1", "f2", "f3", "f4", "pretrain", "instruct")}
 
 # %% ../nbs/00_core.ipynb #87eb4faa
 _GPU = "ours: meant for half an hour on one GPU; not yet run"
-_MINI = {
-    "world": dict(train=(100000, _GPU), pairs=(100000, _GPU), edits=(40000, _GPU), conditions=(20000, _GPU)),
-    "encoder": dict(image_size=(64, "ours"), patch_size=(4, "ours: keeps the 16x16 grid of 4.1"), hidden_size=(128, "ours"), layers=(6, "ours"), heads=(4, "ours"), mlp_size=(384, "ours")),
-    "autoencoder": dict(channels=((48, 96, 128), "ours"), image_size=(64, "ours")),
-    "decoder": dict(channels=((80, 112), "ours"), heads=(4, "ours"), min_side=(64, "ours: 512 in A.1"), cross_size=(128, "ours"), attention=("fused", "ours: the library's default")),
-    "mllm": dict(hidden_size=(256, "ours"), layers=(8, "ours"), heads=(4, "ours"), kv_heads=(4, "ours"), mlp_size=(688, "ours"), attention=("fused", "ours: the library's default")),
-    **{f"stage.{s}": dict(steps=(n, _GPU), batch=(b, _GPU)) for s, n, b in (("encoder", 3000, 256), ("autoencoder", 6000, 64), ("base", 8000, 256), ("f0", 4000, 256), ("f1", 3000, 256),
-        ("f2", 2000, 256), ("f3", 1500, 256), ("f4", 1000, 256), ("pretrain", 10000, 192), ("instruct", 6000, 192))},
+_MINI = {}
+_MINI["world"] = dict(
+    train=(100000, _GPU),
+    pairs=(100000, _GPU),
+    edits=(40000, _GPU),
+    conditions=(20000, _GPU),
+)
+_MINI["encoder"] = dict(
+    image_size=(64, "ours"),
+    patch_size=(4, "ours: keeps the 16x16 grid of 4.1"),
+    hidden_size=(128, "ours"),
+    layers=(6, "ours"),
+    heads=(4, "ours"),
+    mlp_size=(384, "ours"),
+)
+_MINI["autoencoder"] = dict(
+    channels=((48, 96, 128), "ours"),
+    image_size=(64, "ours"),
+)
+
+# %% ../nbs/00_core.ipynb #6f0f59cc
+_MINI["decoder"] = dict(
+    channels=((80, 112), "ours"),
+    heads=(4, "ours"),
+    min_side=(64, "ours: 512 in A.1"),
+    cross_size=(128, "ours"),
+    attention=("fused", "ours: the library's default"),
+)
+_MINI["mllm"] = dict(
+    hidden_size=(256, "ours"),
+    layers=(8, "ours"),
+    heads=(4, "ours"),
+    kv_heads=(4, "ours"),
+    mlp_size=(688, "ours"),
+    attention=("fused", "ours: the library's default"),
+)
+
+# %% ../nbs/00_core.ipynb #d1654afa
+def _gpu_stage(steps, batch):
+    "What mini changes in a stage."
+    return dict(steps=(steps, _GPU), batch=(batch, _GPU))
+
+_MINI |= {  # steps, batch
+    "stage.encoder": _gpu_stage(3000, 256),
+    "stage.autoencoder": _gpu_stage(6000, 64),
+    "stage.base": _gpu_stage(8000, 256),
+    "stage.f0": _gpu_stage(4000, 256),
+    "stage.f1": _gpu_stage(3000, 256),
+    "stage.f2": _gpu_stage(2000, 256),
+    "stage.f3": _gpu_stage(1500, 256),
+    "stage.f4": _gpu_stage(1000, 256),
+    "stage.pretrain": _gpu_stage(10000, 192),
+    "stage.instruct": _gpu_stage(6000, 192),
 }
 
 # %% ../nbs/00_core.ipynb #ce0b218d
-_CLIP, _SDXL, _LLAMA = "CLIP-L/14 (4.1)", "SDXL (4.1)", "LLaMA-3 8B (4.1)"
-def _long(steps, batch, lr, warmup, source, schedule, clip, lr_projector=(0.0, "the paper names one rate; 0: as lr")):
-    return dict(steps=(steps, source), batch=(batch, source), lr=(lr, source), warmup=(warmup, source if warmup else "the paper names none"), schedule=(schedule, source), clip=clip,
-                weight_decay=(0.01, "ours: the optimiser's default"), ema=(0.0, "ours: the paper mentions none"), lr_projector=lr_projector,
-                checkpointing=(True, "ours: the paper does not say"), compile=(False, "ours: the paper does not say"))
+_CLIP = "CLIP-L/14 (4.1)"
+_SDXL = "SDXL (4.1)"
+_LLAMA = "LLaMA-3 8B (4.1)"
+_PAPER = {}
+_PAPER["world"] = dict(
+    train=(12000, "ours: a stand-in; the paper's sets have cards"),
+    pairs=(12000, "ours"),
+    val=(1000, "ours"),
+    max_objects=(2, "ours"),
+    edits=(6000, "ours"),
+    conditions=(3000, "ours"),
+)
+_PAPER["encoder"] = dict(
+    image_size=(224, "4.1"),
+    patch_size=(14, _CLIP),
+    hidden_size=(1024, _CLIP),
+    layers=(24, _CLIP),
+    heads=(16, _CLIP),
+    mlp_size=(4096, _CLIP),
+    projection_size=(768, _CLIP),
+)
+_PAPER["autoencoder"] = dict(
+    channels=((128, 256, 512, 512), _SDXL),
+    layers_per_block=(2, _SDXL),
+    latent_channels=(4, _SDXL),
+    norm_groups=(32, _SDXL),
+    attention=(True, _SDXL),
+    image_size=(1024, _SDXL),
+)
+
+# %% ../nbs/00_core.ipynb #2eb5d757
+_PAPER["decoder"] = dict(
+    channels=((320, 640, 1280), _SDXL),
+    layers_per_block=(2, _SDXL),
+    heads=((5, 10, 20), _SDXL),
+    transformers=((0, 2, 10), _SDXL),
+    linear_projection=(True, _SDXL),
+    cross_size=(2048, "[code]"),
+    norm_groups=(32, _SDXL),
+    normalize=(False, "[code]"),
+    position_scales=((0,), "[code]"),
+    coordinates=(0, "[code]"),
+    prediction=("epsilon", _SDXL),
+    noise_offset=(0.1, "A.1"),
+    blank=(0.1, "A.1"),
+    min_snr=(0.0, "the paper mentions none"),
+    feature_noise=((0.0,) * 5, "the paper mentions none"),
+    min_side=(512, "A.1"),
+    features=("online", "ours: half a megabyte an image"),
+    attention=("fused", "ours"),
+    sampler=("DDPMScheduler", "[code]"),
+    sampling_steps=(50, "[code]"),
+    guidance=(2.0, "[code]"),
+)
+
+# %% ../nbs/00_core.ipynb #d8d0f296
+_PAPER["mllm"] = dict(
+    vocab_size=(128256, _LLAMA),
+    hidden_size=(4096, _LLAMA),
+    layers=(32, _LLAMA),
+    heads=(32, _LLAMA),
+    kv_heads=(8, _LLAMA),
+    mlp_size=(14336, _LLAMA),
+    rope_theta=(500000.0, _LLAMA),
+    tied=(False, _LLAMA),
+    text_weight=(0.02, "A.2.1"),
+    scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"),
+    reduction=("proportional", "inferred: the literal sum would drown the text (Eq. 2, A.2.1)"),
+    first_scale=(4, "3.3"),
+    head=("regression", "Eq. 2"),
+)
+
+# %% ../nbs/00_core.ipynb #0a45b1cc
+_PAPER["mllm"] |= dict(
+    pack=(4096, "ours: the paper does not say"),
+    feature_noise=((0.0,) * 5, "the paper mentions none"),
+    depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
+    tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
+    thin=(0, "A.2: each step has the whole batch"),
+    read_scale=(0, "3.3"),
+    attention=("fused", "ours"),
+    parent_path=(False, _OFF),
+    consistency=(False, _OFF),
+    at_once=(0.0, _OFF),
+    whole_scale=(1, _OFF),
+    text_mean=("token", "Eq. 2"),
+    structure_weight=(0.0, _OFF),
+    disturbed_words=(0.0, _OFF),
+)
+
+# %% ../nbs/00_core.ipynb #e10d097b
+def _long(
+    steps, batch, lr, warmup, source, schedule, clip,
+    lr_projector=(0.0, "the paper names one rate; 0: as lr"),
+):
+    "The table of one of the paper's stages."
+    return dict(
+        steps=(steps, source),
+        batch=(batch, source),
+        lr=(lr, source),
+        warmup=(warmup, source if warmup else "the paper names none"),
+        schedule=(schedule, source),
+        clip=clip,
+        weight_decay=(0.01, "ours: the optimiser's default"),
+        ema=(0.0, "ours: the paper mentions none"),
+        lr_projector=lr_projector,
+        checkpointing=(True, "ours: the paper does not say"),
+        compile=(False, "ours: the paper does not say"),
+    )
+
+def _long_decoder(steps):
+    "A decoder's stage: the five differ in their steps only."
+    return _long(steps, 1024, 8e-5, 0, "A.1", "linear", (1.0, "A.1"))
+
+# %% ../nbs/00_core.ipynb #61f03d01
 _NO_STEP = "ours: not used, no step is taken"
-_RELEASED = {**_long(0, 1024, 8e-5, 0, _NO_STEP, "linear", (1.0, _NO_STEP)), "steps": (0, "as released (4.1)")}
-_PAPER = {
-    "world": dict(train=(12000, "ours: a stand-in; the paper's sets have cards"), pairs=(12000, "ours"), val=(1000, "ours"), max_objects=(2, "ours"), edits=(6000, "ours"), conditions=(3000, "ours")),
-    "encoder": dict(image_size=(224, "4.1"), patch_size=(14, _CLIP), hidden_size=(1024, _CLIP), layers=(24, _CLIP), heads=(16, _CLIP), mlp_size=(4096, _CLIP), projection_size=(768, _CLIP)),
-    "autoencoder": dict(channels=((128, 256, 512, 512), _SDXL), layers_per_block=(2, _SDXL), latent_channels=(4, _SDXL), norm_groups=(32, _SDXL), attention=(True, _SDXL), image_size=(1024, _SDXL)),
-    "decoder": dict(channels=((320, 640, 1280), _SDXL), layers_per_block=(2, _SDXL), heads=((5, 10, 20), _SDXL), transformers=((0, 2, 10), _SDXL), linear_projection=(True, _SDXL),
-        cross_size=(2048, "[code]"), norm_groups=(32, _SDXL), normalize=(False, "[code]"), position_scales=((0,), "[code]"), coordinates=(0, "[code]"), prediction=("epsilon", _SDXL), noise_offset=(0.1, "A.1"), blank=(0.1, "A.1"),
-        min_snr=(0.0, "the paper mentions none"), feature_noise=((0.0,) * 5, "the paper mentions none"), min_side=(512, "A.1"), features=("online", "ours: half a megabyte an image"), attention=("fused", "ours"), sampler=("DDPMScheduler", "[code]"), sampling_steps=(50, "[code]"), guidance=(2.0, "[code]")),
-    "mllm": dict(vocab_size=(128256, _LLAMA), hidden_size=(4096, _LLAMA), layers=(32, _LLAMA), heads=(32, _LLAMA), kv_heads=(8, _LLAMA), mlp_size=(14336, _LLAMA), rope_theta=(500000.0, _LLAMA), tied=(False, _LLAMA),
-        text_weight=(0.02, "A.2.1"), scale_weights=((1.0, 8.0, 64.0, 512.0, 1024.0), "A.2.1"), reduction=("proportional", "inferred: the literal sum would drown the text (Eq. 2, A.2.1)"),
-        first_scale=(4, "3.3"), head=("regression", "Eq. 2"), pack=(4096, "ours: the paper does not say"), feature_noise=((0.0,) * 5, "the paper mentions none"), depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"), thin=(0, "A.2: each step has the whole batch"),
-        read_scale=(0, "3.3"), attention=("fused", "ours"),
-        parent_path=(False, _OFF), consistency=(False, _OFF), at_once=(0.0, _OFF), whole_scale=(1, _OFF), text_mean=("token", "Eq. 2"), structure_weight=(0.0, _OFF), disturbed_words=(0.0, _OFF)),
-    "stage.encoder": _RELEASED, "stage.autoencoder": _RELEASED, "stage.base": _RELEASED,
-    **{f"stage.f{i}": _long(n, 1024, 8e-5, 0, "A.1", "linear", (1.0, "A.1")) for i, n in enumerate((40000, 30000, 20000, 15000, 10000))},
+_RELEASED = _long(0, 1024, 8e-5, 0, _NO_STEP, "linear", (1.0, _NO_STEP))
+_RELEASED["steps"] = (0, "as released (4.1)")
+_INSTRUCT_CLIP = (5.0, "inferred: as in pretraining, A.2")
+_PAPER |= {
+    "stage.encoder": _RELEASED,
+    "stage.autoencoder": _RELEASED,
+    "stage.base": _RELEASED,
+    "stage.f0": _long_decoder(40000),
+    "stage.f1": _long_decoder(30000),
+    "stage.f2": _long_decoder(20000),
+    "stage.f3": _long_decoder(15000),
+    "stage.f4": _long_decoder(10000),
     "stage.pretrain": _long(100000, 2048, 3e-5, 2000, "A.2", "cosine", (5.0, "A.2"), (1e-4, "A.2")),
-    "stage.instruct": _long(20000, 2048, 1e-5, 1000, "A.2.4, text-to-image", "cosine", (5.0, "inferred: as in pretraining, A.2")),
+    "stage.instruct": _long(
+        20000, 2048, 1e-5, 1000, "A.2.4, text-to-image", "cosine", _INSTRUCT_CLIP),
 }
 
 # %% ../nbs/00_core.ipynb #e26ada50
-_LLAMA1B, _DAY = "LLaMA-3.2-1B", "ours: meant for a day on eight GPUs; not run"
+_LLAMA1B = "LLaMA-3.2-1B"
+_DAY = "ours: meant for a day on eight GPUs; not run"
 _BASE = {
-    "mllm": dict(hidden_size=(2048, _LLAMA1B), layers=(16, _LLAMA1B), heads=(32, _LLAMA1B), kv_heads=(8, _LLAMA1B), mlp_size=(8192, _LLAMA1B), tied=(True, _LLAMA1B)),
+    "mllm": dict(
+        hidden_size=(2048, _LLAMA1B),
+        layers=(16, _LLAMA1B),
+        heads=(32, _LLAMA1B),
+        kv_heads=(8, _LLAMA1B),
+        mlp_size=(8192, _LLAMA1B),
+        tied=(True, _LLAMA1B),
+    ),
     **{f"stage.f{i}": dict(steps=(0, "ours: takes the released decoders")) for i in SCALES},
     "stage.pretrain": dict(steps=(20000, _DAY), batch=(512, _DAY)),
     "stage.instruct": dict(steps=(5000, _DAY), batch=(512, _DAY)),
 }
 
 # %% ../nbs/00_core.ipynb #996565dd
-PRESETS = dict(pico=make_preset("pico", _PICO, _NANO), **{"nano-plain": make_preset("nano-plain", _PLAIN, _NANO)}, nano=make_preset("nano", _NANO), mini=make_preset("mini", _MINI, _NANO), base=make_preset("base", _BASE, _PAPER), paper=make_preset("paper", _PAPER))
+PRESETS = {
+    "pico": make_preset("pico", _PICO, _NANO),
+    "nano-plain": make_preset("nano-plain", _PLAIN, _NANO),
+    "nano": make_preset("nano", _NANO),
+    "mini": make_preset("mini", _MINI, _NANO),
+    "base": make_preset("base", _BASE, _PAPER),
+    "paper": make_preset("paper", _PAPER),
+}
 
 def get_preset(name: str): # One of `PRESETS`
     "A preset by its name."
-    if name not in PRESETS: raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 # %% ../nbs/00_core.ipynb #c360c579
 def seed_of(*keys): # Anything with a stable `repr`: numbers and strings
     "A 63-bit seed from keys, the same on every machine."
-    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 def np_rng(*keys):
     "A NumPy generator for these keys."
@@ -301,6 +621,7 @@ def torch_rng(*keys):
     "A torch generator (on the CPU) for these keys."
     return torch.Generator().manual_seed(seed_of(*keys))
 
+# %% ../nbs/00_core.ipynb #2845bf19
 def noise_for(
     ids,    # One key for each row: its global sample index
     *shape, # Shape of one row
@@ -310,32 +631,50 @@ def noise_for(
     return torch.stack([torch.randn(*shape, generator=torch_rng(*keys, int(i))) for i in ids])
 
 # %% ../nbs/00_core.ipynb #a0d1d455
+def _named_device(name: str):
+    "The device of this name, or what is wrong with it."
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name!r} is not there: "
+                        "choose cpu, cuda or mps, as this machine has it") from None
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {name!r}: choose cpu, cuda or mps")
+    return device
+
+# %% ../nbs/00_core.ipynb #3a4709cc
 def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best there is
     "The device to run on."
     if name:
-        try: torch.empty(0, device=name)
-        except (RuntimeError, AssertionError): raise UserError(f"device {name!r} is not there: choose cpu, cuda or mps, as this machine has it") from None
-        if (d := torch.device(name)).type not in ("cpu", "cuda", "mps"): raise UserError(f"unknown device {name!r}: choose cpu, cuda or mps")
-        if d.type != "cuda": return d
-        if d.index is not None: torch.cuda.set_device(d)
-    if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))  # each process its own
+        device = _named_device(name)
+        if device.type != "cuda": return device
+        if device.index is not None: torch.cuda.set_device(device)
+    if torch.cuda.is_available():  # each process its own
+        rank = os.environ.get("LOCAL_RANK", torch.cuda.current_device())
+        return torch.device("cuda", int(rank))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
+# %% ../nbs/00_core.ipynb #2e9ac5ad
 def has_bf16(device="cpu"):
     "Whether bfloat16 is worth using on this device."
     kind = torch.device(device).type
-    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "cpu": return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # some builds, such as macOS's, are without
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # some builds, such as macOS's, are without
+    if kind == "cpu" and torch.backends.mkldnn.is_available():
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
 
 def autocast(device="cpu", enabled: bool = True):
     "bfloat16 arithmetic where the device is good at it, else nothing."
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled and has_bf16(device))
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled and has_bf16(device))
 
 # %% ../nbs/00_core.ipynb #40b17027
 def memory_format(device="cpu"):
     "How the channels of a picture lie in memory on this device."
-    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.channels_last if on_gpu else torch.contiguous_format
 
 # %% ../nbs/00_core.ipynb #04ca93e0
 @contextmanager
@@ -343,17 +682,26 @@ def reading(place, what: str): # what lies there, for the message
     "One clear line for files that are missing or broken, whatever library reads them."
     try: yield
     except UserError: raise
-    except Exception as e: raise UserError(f"{place}: the {what} there cannot be read ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})") from None
+    except Exception as e:
+        first_line = (str(e).strip().splitlines() or [""])[0]
+        reason = f"{type(e).__name__}: {first_line}"
+        raise UserError(f"{place}: the {what} there cannot be read ({reason})") from None
 
+# %% ../nbs/00_core.ipynb #e32e88c9
 @contextmanager
 def quietly():
     "Silence the libraries' loading bars and notices; errors still come through."
     import diffusers, transformers
-    logs = [lib.utils.logging for lib in (diffusers, transformers)]; before = [l.get_verbosity() for l in logs]
-    for l in logs: l.disable_progress_bar(); l.set_verbosity_error()
+    logs = [lib.utils.logging for lib in (diffusers, transformers)]
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+        log.set_verbosity_error()
     try: yield
     finally:
-        for l, level in zip(logs, before): l.enable_progress_bar(); l.set_verbosity(level)
+        for log, level in zip(logs, before):
+            log.enable_progress_bar()
+            log.set_verbosity(level)
 
 # %% ../nbs/00_core.ipynb #1c52a727
 def budget(full: int, test: int): # Steps in a full run, steps under `IN_TEST`
@@ -364,13 +712,67 @@ def budget(full: int, test: int): # Steps in a full run, steps under `IN_TEST`
 def claim(holds, sentence: str):
     "State a result with its figures; fails where it does not hold, unless this is a short run."
     print(sentence)
-    if not os.environ.get("IN_TEST"): assert holds, f"this does not hold: {sentence}"
+    if not os.environ.get("IN_TEST"):
+        assert holds, f"this does not hold: {sentence}"
 
 # %% ../nbs/00_core.ipynb #ca0f7f4f
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 MAX_PIXELS = 64_000_000  # ours: larger files are refused before they are decoded
 
-RESIZES = ("crop", "squash")  # centre crop to a square (A.1), or squeeze the whole picture into one ([code])
+# centre crop to a square (A.1), or squeeze the whole picture into one ([code])
+RESIZES = ("crop", "squash")
+
+# %% ../nbs/00_core.ipynb #c327f6f5
+def _check_size(im, path, min_side: int):
+    "Refuse a picture that is too large to decode, or smaller than wanted."
+    size = f"{im.width}x{im.height} pixels"
+    if im.width * im.height > MAX_PIXELS:
+        raise UserError(f"{path}: too large ({size}, at most {MAX_PIXELS:,} in all)")
+    if min(im.size) < min_side:
+        raise UserError(f"{path}: too small ({size}, at least {min_side} wanted)")
+
+def _to_255(mode: str, most):
+    "What a scientific picture's values are multiplied with, if `most` is the largest."
+    if mode == "F" and most <= 1: return 255
+    if mode.startswith("I;16") or most > 255: return 1 / 257
+    return 1
+
+# %% ../nbs/00_core.ipynb #addd57bb
+def _eight_bits(im):
+    "A scientific picture with 8 bits a pixel."
+    x = np.asarray(im).astype(np.float32)
+    x = x * _to_255(im.mode, x.max())
+    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+
+# %% ../nbs/00_core.ipynb #47824bbd
+def _on_white(im):
+    "A picture with its transparent parts on white."
+    im = im.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+
+def _to_rgb(im):
+    "A picture of any mode, upright and in RGB."
+    im = ImageOps.exif_transpose(im)
+    if im.mode == "F" or im.mode.startswith("I"): im = _eight_bits(im)
+    if "A" in im.getbands() or "transparency" in im.info: im = _on_white(im)
+    return im.convert("RGB")
+
+def _open_rgb(path, min_side: int):
+    "A file or a PIL image in RGB, or what is wrong with it."
+    try:
+        im = path if isinstance(path, Image.Image) else Image.open(path)
+        _check_size(im, path, min_side)
+        return _to_rgb(im)
+    except UserError: raise
+    except FileNotFoundError: raise UserError(f"{path}: no such file") from None
+    except Exception as e:
+        raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
+
+# %% ../nbs/00_core.ipynb #b9eaad08
+def _resized(im, size: int, resize: str):
+    "The picture as a square of `size` pixels."
+    if resize == "crop": return ImageOps.fit(im, (size, size), Image.LANCZOS)
+    return im.resize((size, size), Image.BILINEAR)
 
 def load_image(
     path,                  # A file, or a PIL image
@@ -379,46 +781,67 @@ def load_image(
     min_side: int = 0      # Smaller pictures are refused
 ): # 3 x H x W in 0..1
     "Read an image file as a tensor, or say what is wrong with it."
-    if resize not in RESIZES: raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
-    try:
-        im = path if isinstance(path, Image.Image) else Image.open(path)
-        if im.width * im.height > MAX_PIXELS: raise UserError(f"{path}: too large ({im.width}x{im.height} pixels, at most {MAX_PIXELS:,} in all)")
-        if min(im.size) < min_side: raise UserError(f"{path}: too small ({im.width}x{im.height} pixels, at least {min_side} wanted)")
-        im = ImageOps.exif_transpose(im)
-        if im.mode == "F" or im.mode.startswith("I"):  # scientific pictures: 16 bit, whole numbers, or floats in 0..1
-            x = np.asarray(im).astype(np.float32); most = x.max()
-            im = Image.fromarray((x * (255 if im.mode == "F" and most <= 1 else 1 / 257 if im.mode.startswith("I;16") or most > 255 else 1)).clip(0, 255).astype(np.uint8))
-        if "A" in im.getbands() or "transparency" in im.info:
-            im = im.convert("RGBA"); im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        im = im.convert("RGB")
-    except UserError: raise
-    except FileNotFoundError: raise UserError(f"{path}: no such file") from None
-    except Exception as e: raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
-    if size: im = ImageOps.fit(im, (size, size), Image.LANCZOS) if resize == "crop" else im.resize((size, size), Image.BILINEAR)
+    if resize not in RESIZES:
+        raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
+    im = _open_rgb(path, min_side)
+    if size: im = _resized(im, size, resize)
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 255
 
+# %% ../nbs/00_core.ipynb #a27945f5
 def writable_folder(path): # A `Path`
     "Make a folder that can be written to, or say why it cannot be."
     try:
-        Path(path).mkdir(parents=True, exist_ok=True); probe = Path(path) / ".write"; probe.touch(); probe.unlink(missing_ok=True)
-    except OSError as e: raise UserError(f"cannot write to {path}: {e.strerror or e}") from None
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / ".write"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {e.strerror or e}") from None
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #49238253
 def to_pil(image): # 3 x H x W in 0..1
     "A tensor as a PIL image."
-    return Image.fromarray((image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
-def save_image(image, path, size: int = 256): # Small images are enlarged (nearest neighbour) to at least `size`
+# %% ../nbs/00_core.ipynb #c7d6a554
+def save_image(
+    image, path,
+    size: int = 256 # Small images are enlarged (nearest neighbour) to at least `size`
+):
     "Write a tensor as a PNG."
-    im, path = to_pil(image), Path(path)
-    if im.width < size: im = im.resize((im.width * (size // im.width),) * 2, Image.NEAREST)
+    im = to_pil(image)
+    path = Path(path)
+    if im.width < size:
+        side = im.width * (size // im.width)
+        im = im.resize((side, side), Image.NEAREST)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True); im.save(path)
-    except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        im.save(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     return path
 
 # %% ../nbs/00_core.ipynb #9017aeb9
+def _bare(ax):
+    "Axes without ticks and frame."
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values(): spine.set_visible(False)
+
+def _show(ax, image):
+    "Draw a tensor, pixel by pixel."
+    pixels = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    ax.imshow(pixels, interpolation="nearest")
+
+def _grid(n: int, cols: int, size: float, title_height: float):
+    "A figure with `n` axes or a few more, in rows of `cols`."
+    rows = -(-n // cols)
+    figsize = (cols * size, rows * (size + title_height))
+    return plt.subplots(rows, cols, figsize=figsize, squeeze=False)
+
+# %% ../nbs/00_core.ipynb #9bee3003
 def show_images(
     images,         # N x 3 x H x W, or a list of 3 x H x W, in 0..1
     titles=None,    # One for each image
@@ -428,15 +851,14 @@ def show_images(
     suptitle: str = None
 ): # The matplotlib figure
     "A grid of images with titles."
-    n = len(images); cols = min(cols, n); rows = -(-n // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols * size, rows * (size + (0.25 if titles else 0))), squeeze=False)
-    for k, ax in enumerate(axes.flat):
-        ax.set_xticks([]); ax.set_yticks([])
-        for s in ax.spines.values(): s.set_visible(False)
-        if k < n:
-            ax.imshow(images[k].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            if titles: ax.set_title(titles[k], fontsize=8)
-        if rows_titles and k % cols == 0 and k // cols < len(rows_titles): ax.set_ylabel(rows_titles[k // cols], fontsize=8, rotation=0, ha="right", va="center")
+    n = len(images)
+    fig, axes = _grid(n, min(cols, n), size, 0.25 if titles else 0)
+    for ax in axes.flat: _bare(ax)
+    for k, ax in enumerate(axes.flat[:n]):
+        _show(ax, images[k])
+        if titles: ax.set_title(titles[k], fontsize=8)
+    for ax, title in zip(axes[:, 0], rows_titles or []):
+        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     if suptitle: fig.suptitle(suptitle, fontsize=10)
     fig.tight_layout(pad=0.4)
     return fig

@@ -13,29 +13,62 @@ from pathlib import Path
 from .core import *
 
 # %% ../nbs/00g_ledger.ipynb #452c246b
-KINDS = ("paper", "release", "code", "inferred", "ours")  # release: a size of a model that the paper names (4.1)
+# release: a size of a model that the paper names (4.1)
+KINDS = ("paper", "release", "code", "inferred", "ours")
 
 def kind_of(source: str): # One of `KINDS`
     "Where a number comes from."
-    if source.startswith("ours") or source.startswith("the paper"): return "ours"  # the paper mentions none: so we chose
+    if source.startswith("ours"): return "ours"
+    # "the paper mentions none": so we chose
+    if source.startswith("the paper"): return "ours"
     if source.startswith("inferred"): return "inferred"
     if source.endswith("(4.1)"): return "release"
     return "code" if source.startswith("[code]") else "paper"
 
+# %% ../nbs/00g_ledger.ipynb #2c03e88f
+def _parts(preset: Preset):
+    "Parts and stages of a preset under the names of its sources."
+    parts = {p: getattr(preset, p) for p in ("encoder", "autoencoder", "decoder", "mllm")}
+    return parts | {f"stage.{k}": s for k, s in preset.stages.items()}
+
 def numbers(preset: Preset): # {"mllm.layers": value}
     "All numbers of a preset under the names of its sources."
-    parts = {p: getattr(preset, p) for p in ("encoder", "autoencoder", "decoder", "mllm")} | {f"stage.{k}": s for k, s in preset.stages.items()}
-    return {f"{p}.{f.name}": getattr(v, f.name) for p, v in parts.items() for f in fields(v) if f.name == "steps" or getattr(v, "steps", 1)}
+    found = {}
+    for part, values in _parts(preset).items():
+        idle = not getattr(values, "steps", 1)  # a stage that takes no step
+        for f in fields(values):
+            if idle and f.name != "steps": continue
+            found[f"{part}.{f.name}"] = getattr(values, f.name)
+    return found
 
+# %% ../nbs/00g_ledger.ipynb #0504c5e5
 def ledger(preset: Preset, other: Preset = None, enforced=()): # Rows of dicts
     "Each number with its kind, its source, another preset's value, and whether a test enforces it."
     rest = numbers(other) if other else {}
-    return [dict(number=k, value=v, kind=kind_of(s := preset.sources[k]), source=s, other=rest.get(k), enforced=k in enforced) for k, v in numbers(preset).items()]
+    rows = []
+    for k, v in numbers(preset).items():
+        source = preset.sources[k]
+        rows.append(dict(
+            number=k, value=v, kind=kind_of(source), source=source,
+            other=rest.get(k), enforced=k in enforced))
+    return rows
+
+# %% ../nbs/00g_ledger.ipynb #3054da79
+def _table_row(cells):
+    "One line of a Markdown table."
+    return "| " + " | ".join(cells) + " |"
+
+def _cell(value):
+    "A value as the text of a table's cell."
+    return re.sub(r"\|", "\\|", str(value))
 
 def as_markdown(rows, other: str = None): # A Markdown table
     "The ledger as a table."
-    cell = lambda v: re.sub(r"\|", "\\|", str(v))
     head = ["number", "value", "kind", "source"] + ([other] if other else []) + ["test"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in rows: lines.append("| " + " | ".join(map(cell, [f"`{r['number']}`", r["value"], r["kind"], r["source"]] + ([r["other"]] if other else []) + ["yes" if r["enforced"] else ""])) + " |")
+    lines = [_table_row(head), "|" + "---|" * len(head)]
+    for r in rows:
+        cells = [f"`{r['number']}`", r["value"], r["kind"], r["source"]]
+        if other: cells.append(r["other"])
+        cells.append("yes" if r["enforced"] else "")
+        lines.append(_table_row(map(_cell, cells)))
     return "\n".join(lines)

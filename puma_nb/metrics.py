@@ -16,34 +16,72 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from .core import *
 
 # %% ../nbs/00e_metrics.ipynb #4f3c9721
+def _psnr_of_pair(x, y):
+    "PSNR in dB of two images."
+    x = x.float().clamp(0, 1)
+    y = y.float().clamp(0, 1)
+    return peak_signal_noise_ratio(x, y, data_range=1.0)
+
 def psnr(a, b): # N x 3 x H x W in 0..1, twice
     "PSNR in dB of each pair of images."
-    return torch.stack([peak_signal_noise_ratio(x.float().clamp(0, 1), y.float().clamp(0, 1), data_range=1.0) for x, y in zip(a, b, strict=True)])
+    return torch.stack([_psnr_of_pair(x, y) for x, y in zip(a, b, strict=True)])
 
 # %% ../nbs/00e_metrics.ipynb #ea7c0e42
+@contextlib.contextmanager
+def _seeded_and_silent():
+    "The same random weights each time, the caller's random numbers untouched, nothing printed."
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        contextlib.redirect_stdout(open(os.devnull, "w")),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield
+
+# %% ../nbs/00e_metrics.ipynb #b1a0d769
 @lru_cache(maxsize=2)
 def lpips_net(
     trunk: str = "random" # "random", or "alexnet", which torchvision downloads
 ): # (the network, its name for tables)
     "The LPIPS network with an AlexNet trunk."
     import lpips
-    if trunk not in ("random", "alexnet"): raise UserError(f"unknown LPIPS trunk {trunk!r}: random (ships with the package) or alexnet (torchvision downloads it)")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(open(os.devnull, "w")):
-        warnings.simplefilter("ignore"); torch.manual_seed(0)
-        try: net = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=trunk == "random", verbose=False).eval().requires_grad_(False)
-        except OSError as e: raise UserError(f"AlexNet's weights cannot be downloaded ({str(e).splitlines()[0]}); --lpips random works without them") from None
-    return net, "LPIPS (random trunk)" if trunk == "random" else "LPIPS (AlexNet)"
+    if trunk not in ("random", "alexnet"):
+        raise UserError(f"unknown LPIPS trunk {trunk!r}: random (ships with the package) "
+                        "or alexnet (torchvision downloads it)")
+    random_trunk = trunk == "random"
+    with _seeded_and_silent():
+        try:
+            net = lpips.LPIPS(
+                net="alex", pretrained=True, pnet_rand=random_trunk, verbose=False)
+        except OSError as e:
+            raise UserError(
+                f"AlexNet's weights cannot be downloaded ({str(e).splitlines()[0]}); "
+                "--lpips random works without them") from None
+    name = "LPIPS (random trunk)" if random_trunk else "LPIPS (AlexNet)"
+    return net.eval().requires_grad_(False), name
+
+# %% ../nbs/00e_metrics.ipynb #609904d7
+def _enlarge(x, side: int):
+    "Images with at least `side` pixels a side, on the CPU."
+    size = (max(side, x.shape[-1]),) * 2
+    x = F.interpolate(x.float().cpu(), size=size, mode="bilinear", align_corners=False)
+    return x.clamp(0, 1)
 
 @torch.no_grad()
 def lpips_distance(
     a, b,              # N x 3 x H x W in 0..1
     trunk: str = "random",
-    side: int = 64     # Smaller images are enlarged: AlexNet needs about 64 pixels (ours; 256 in appendix B)
+    # Smaller images are enlarged: AlexNet needs about 64 pixels (ours; 256 in appendix B)
+    side: int = 64
 ): # N distances
     "LPIPS of each pair of images."
     net, _ = lpips_net(trunk)
-    grow = lambda x: F.interpolate(x.float().cpu(), size=(max(side, x.shape[-1]),) * 2, mode="bilinear", align_corners=False).clamp(0, 1)
-    return torch.cat([net(grow(p), grow(q), normalize=True).flatten() for p, q in zip(a.split(64), b.split(64))])
+    distances = []
+    for p, q in zip(a.split(64), b.split(64)):
+        d = net(_enlarge(p, side), _enlarge(q, side), normalize=True)
+        distances.append(d.flatten())
+    return torch.cat(distances)
 
 # %% ../nbs/00e_metrics.ipynb #e77fa07b
 def paired_bootstrap(
@@ -54,5 +92,8 @@ def paired_bootstrap(
     "A 95% interval of the mean difference of paired scores."
     d = np.asarray(a, float) - np.asarray(b, float)
     if np.ptp(d) == 0: return (float(d.mean()),) * 3  # nothing to resample
-    interval = bootstrap((d,), np.mean, n_resamples=rounds, confidence_level=0.95, method="percentile", rng=np_rng("bootstrap", seed)).confidence_interval
+    rng = np_rng("bootstrap", seed)
+    interval = bootstrap(
+        (d,), np.mean, n_resamples=rounds, confidence_level=0.95, method="percentile", rng=rng,
+    ).confidence_interval
     return float(d.mean()), float(interval.low), float(interval.high)

@@ -17,11 +17,25 @@ from .core import *
 def to_png(picture, size: int = 256): # A figure, or a tensor 3 x H x W in 0..1
     "PNG bytes of a figure or an image."
     f = io.BytesIO()
-    if isinstance(picture, Figure): picture.savefig(f, format="png", dpi=90, bbox_inches="tight"); plt.close(picture)
-    else: (im := to_pil(picture)).resize((max(size, im.width),) * 2, 0).save(f, "PNG")
+    if isinstance(picture, Figure):
+        picture.savefig(f, format="png", dpi=90, bbox_inches="tight")
+        plt.close(picture)
+    else:
+        im = to_pil(picture)
+        im.resize((max(size, im.width),) * 2, 0).save(f, "PNG")
     return f.getvalue()
 
 # %% ../nbs/00d_widgets.ipynb #e3ee30bd
+def _png_bytes(picture):
+    "PNG bytes as they are, and anything else drawn."
+    return picture if isinstance(picture, bytes) else to_png(picture)
+
+def _state_labels(n: int):
+    "f4 ... f0 if there are five states, else numbers."
+    if n == len(SCALES): return [f"f{i}" for i in COARSE_TO_FINE]
+    return [str(i) for i in range(n)]
+
+# %% ../nbs/00d_widgets.ipynb #c7933f10
 def scale_slider(
     pictures,                     # Figures, images or PNG bytes, one for each state
     labels=None,                  # Shown beside the slider; f4 ... f0 if there are five
@@ -29,11 +43,14 @@ def scale_slider(
     width: int = 420              # Pixels on the screen
 ): # An ipywidgets box
     "A slider over precomputed pictures."
-    shots = [p if isinstance(p, bytes) else to_png(p) for p in pictures]
-    labels = labels or ([f"f{i}" for i in COARSE_TO_FINE] if len(shots) == len(SCALES) else [str(i) for i in range(len(shots))])
+    shots = [_png_bytes(p) for p in pictures]
+    labels = labels or _state_labels(len(shots))
     slider = W.IntSlider(0, 0, len(shots) - 1, description=description, readout=False)
-    label, picture = W.Label(labels[0]), W.Image(value=shots[0], format="png", width=width)
-    def move(change): picture.value, label.value = shots[change["new"]], labels[change["new"]]
+    label = W.Label(labels[0])
+    picture = W.Image(value=shots[0], format="png", width=width)
+    def move(change):
+        k = change["new"]
+        picture.value, label.value = shots[k], labels[k]
     slider.observe(move, "value")
     return W.VBox([W.HBox([slider, label]), picture])
 
@@ -41,8 +58,12 @@ def scale_slider(
 class Sharpening:
     "Shows an image as it is written: call it with a scale and a picture."
     def __init__(self, width: int = 240): # Pixels on the screen
-        self.label, self.picture, self.seen = W.Label("waiting for f4"), W.Image(format="png", width=width), {}
+        self.label = W.Label("waiting for f4")
+        self.picture = W.Image(format="png", width=width)
+        self.seen = {}
         self.box = W.VBox([self.label, self.picture])
 
     def __call__(self, scale: int, picture): # 0..4, 3 x H x W in 0..1
-        self.seen[scale] = picture; self.picture.value, self.label.value = to_png(picture), f"f{scale}: {tokens_until(scale)} tokens"
+        self.seen[scale] = picture
+        self.picture.value = to_png(picture)
+        self.label.value = f"f{scale}: {tokens_until(scale)} tokens"

@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -43,18 +42,46 @@ class Task:
     model: torch.nn.Module       # what trains
     weights: dict                # term -> its weight in the loss
     cycle = 6                    # steps after which their kinds repeat, for counting operations
-    def batch(self, positions, step): "-> dict of tensors: a function of its arguments and nothing else"
-    def counts(self, batch): "-> term -> number of things that its sum runs over"
-    def losses(self, model, batch, step): "-> term -> sum, in float32; terms without a weight are logged only"
-    def reads(self): return {} # what its samples come from, as JSON: a run is not resumed on something else
-    def choose(self, positions, step): return positions  # a step may use fewer of its positions (long sequences)
-    def groups(self, stage): # parameter groups for AdamW
+
+    def batch(self, positions, step):
+        "-> dict of tensors: a function of its arguments and nothing else"
+
+    def counts(self, batch):
+        "-> term -> number of things that its sum runs over"
+
+    def losses(self, model, batch, step):
+        "-> term -> sum, in float32; terms without a weight are logged only"
+
+    def reads(self):
+        "What its samples come from, as JSON: a run is not resumed on something else."
+        return {}
+
+    def choose(self, positions, step):
+        "A step may use fewer of its positions (long sequences)."
+        return positions
+
+    def groups(self, stage):
+        "Parameter groups for AdamW."
         return [dict(params=[p for p in self.model.parameters() if p.requires_grad], lr=stage.lr)]
-    def sample(self, model, step, folder): "Draw samples while training; optional."
-    def validate(self, model, step): return {} # name -> number, logged; optional
-    def work(self, batch): return {} # what a batch costs, for the log: tokens, room (padding included), flops; optional
-    def blocks(self): return [] # parts of the model that sharding gathers one at a time
-    def checkpointing(self): raise UserError(f"{type(self).__name__} has no gradient checkpointing: turn it off")
+
+    def sample(self, model, step, folder):
+        "Draw samples while training; optional."
+
+    def validate(self, model, step):
+        "-> name -> number, logged; optional"
+        return {}
+
+    def work(self, batch):
+        "What a batch costs, for the log: tokens, room (padding included), flops; optional."
+        return {}
+
+    def blocks(self):
+        "Parts of the model that sharding gathers one at a time."
+        return []
+
+    def checkpointing(self):
+        "Turn on gradient checkpointing."
+        raise UserError(f"{type(self).__name__} has no gradient checkpointing: turn it off")
 
 # %% ../nbs/00c_training.ipynb #1a7c11c9
 def recompute_activations(model): # A `transformers` model
@@ -72,14 +99,18 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str): # Between 0 an
 @contextmanager
 def _renamed(path):
     "A temporary name that jobs side by side do not share; renamed when all went well."
-    path = Path(path); tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try: yield tmp; os.replace(tmp, path)
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
     except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     finally: tmp.unlink(missing_ok=True)
 
-def save_tensors(tensors: dict, path): # safetensors wants contiguous tensors that share no memory
+def save_tensors(tensors: dict, path):
     "Write tensors under a temporary name, then rename."
-    with _renamed(path) as tmp: save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, tmp)
+    with _renamed(path) as tmp:  # safetensors wants contiguous tensors that share no memory
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, tmp)
 
 def save_json(value, path):
     "Write JSON under a temporary name, then rename."
@@ -89,13 +120,22 @@ def save_json(value, path):
 def fingerprint(*things): # Tensors, modules, and anything with a stable `repr`
     "A hash of what the things hold."
     h = hashlib.sha256()
-    for x in things:
-        if isinstance(x, torch.nn.Module): x = x.state_dict()
-        if isinstance(x, dict): h.update(fingerprint(*(v for k in sorted(x) for v in (k, x[k]))).encode())
-        elif isinstance(x, torch.Tensor): h.update(repr((x.dtype, tuple(x.shape))).encode()); h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        else: h.update(repr(x).encode())
+    for thing in things: _update_hash(h, thing)
     return h.hexdigest()[:24]
 
+def _update_hash(h, x):
+    "Take up one thing; a dict in the order of its keys."
+    if isinstance(x, torch.nn.Module): x = x.state_dict()
+    if isinstance(x, dict):
+        flat = []
+        for k in sorted(x): flat += [k, x[k]]
+        h.update(fingerprint(*flat).encode())
+    elif isinstance(x, torch.Tensor):
+        h.update(repr((x.dtype, tuple(x.shape))).encode())
+        h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else: h.update(repr(x).encode())
+
+# %% ../nbs/00c_training.ipynb #fb64555b
 def cached(
     folder, # None computes without keeping
     name,   # What it is, for the file's name
@@ -110,7 +150,9 @@ def cached(
         except (SafetensorError, KeyError): print(f"{path} cannot be read: computed anew")
     x = build()
     try: save_tensors(dict(x=x), path)
-    except (OSError, SafetensorError, UserError) as err: print(f"{path} cannot be written ({str(err).splitlines()[0]}): going on without a cache")
+    except (OSError, SafetensorError, UserError) as err:
+        why = str(err).splitlines()[0]
+        print(f"{path} cannot be written ({why}): going on without a cache")
     return x
 
 # %% ../nbs/00c_training.ipynb #19a122db
@@ -120,32 +162,56 @@ def gathered(t): # A tensor that may be divided among processes
     "The tensor in one piece; all processes must ask."
     return t.full_tensor() if isinstance(t, DTensor) else t
 
-def is_sharded(model): return any(isinstance(p, DTensor) for p in model.parameters())
+def is_sharded(model):
+    "Whether a process holds a part of the model only."
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
-def run_state(model, optimizer, ema): # (weights, moments, averages), whole and on the CPU, on the first process
+def run_state(
+    model, optimizer, ema
+): # (weights, moments, averages), whole and on the CPU, on the first process
     "Everything that training changes; all processes must ask."
     weights, moments = get_state_dict(model, optimizer, options=_WHOLE)
-    return weights, moments, {str(i): gathered(p).cpu() for i, p in enumerate(ema.shadow_params)} if ema else {}
+    shadow = ema.shadow_params if ema else []
+    averages = {str(i): gathered(p).cpu() for i, p in enumerate(shadow)}
+    return weights, moments, averages
 
 # %% ../nbs/00c_training.ipynb #6a3a30be
-def save_checkpoint(folder, step, held, ema, state, keep: int = 2): # held: what `run_state` returned
-    "Write `folder/step_N` atomically and drop all but the last `keep`."
+def _write_parts(folder, step, held, ema, state):
+    "A checkpoint's files."
     weights, moments, shadow = held
-    final = Path(folder) / f"step_{step:07d}"; tmp, aside = (final.with_name(final.name + end) for end in (".tmp", "_before"))
+    save_tensors(weights, folder / "model.safetensors")
+    torch.save(moments, folder / "optimizer.pt")
+    if ema: save_tensors(shadow, folder / "ema.safetensors")
+    ema_step = ema.optimization_step if ema else 0
+    (folder / "state.json").write_text(json.dumps(dict(step=step, ema_step=ema_step, **state)))
+
+# %% ../nbs/00c_training.ipynb #7b072038
+def save_checkpoint(
+    folder, step,
+    held, # What `run_state` returned
+    ema, state,
+    keep: int = 2
+):
+    "Write `folder/step_N` atomically and drop all but the last `keep`."
+    final = Path(folder) / f"step_{step:07d}"
+    tmp = final.with_name(final.name + ".tmp")
+    aside = final.with_name(final.name + "_before")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
-        save_tensors(weights, tmp / "model.safetensors")
-        torch.save(moments, tmp / "optimizer.pt")
-        if ema: save_tensors(shadow, tmp / "ema.safetensors")
-        (tmp / "state.json").write_text(json.dumps(dict(step=step, ema_step=ema.optimization_step if ema else 0, **state)))
-        if final.exists(): os.replace(final, aside)  # the same step, saved before: there until the new one is
-        os.replace(tmp, final); shutil.rmtree(aside, ignore_errors=True)
+        _write_parts(tmp, step, held, ema, state)
+        if final.exists():
+            os.replace(final, aside)  # the same step, there until the new one is
+        os.replace(tmp, final)
+        shutil.rmtree(aside, ignore_errors=True)
         drop_old(folder, keep)
-    except (OSError, RuntimeError, SafetensorError, UserError) as e:  # torch and safetensors have errors of their own for a full disk
+    # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError, UserError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; the last good one is untouched") from None
+        raise UserError(f"cannot write a checkpoint to {folder}: {str(e).splitlines()[0]}; "
+                        "the last good one is untouched") from None
 
+# %% ../nbs/00c_training.ipynb #61caa837
 def checkpoints(folder): # Oldest first
     "The finished checkpoints of a stage."
     return sorted(p for p in Path(folder).glob("step_*") if not p.name.endswith(".tmp"))
@@ -155,69 +221,157 @@ def drop_old(folder, keep: int = 2):
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
 
 # %% ../nbs/00c_training.ipynb #1622edd6
+def _differing(a, b): # What to name of `a`, where it is not `b`
+    "Of a list, the entries that the other lacks, if there are any."
+    if not (isinstance(a, list) and isinstance(b, list)): return a
+    return [x for x in a if x not in b] or a
+
+def _changes(before, now): # {setting: how to say that it has changed}
+    "What differs among the settings that both have."
+    changed = {}
+    for k, v in (now or {}).items():
+        if before and k in before and before[k] != v:
+            changed[k] = f"{k} {_differing(v, before[k])} instead of {_differing(before[k], v)}"
+    return changed
+
 def same_settings(where, before: dict, now: dict): # both None, where nobody asks
-    "Refuse to go on with other data or another state than a run began with; say what else has changed."
-    differ = lambda a, b: [x for x in a if x not in b] or a if isinstance(a, list) and isinstance(b, list) else a
-    changed = {k: f"{k} {differ(v, before[k])} instead of {differ(before[k], v)}" for k, v in (now or {}).items() if before and k in before and before[k] != v}
-    if wrong := [v for k, v in changed.items() if k in ("seed", "batch", "ema", "data")]: raise UserError(f"{where} was begun otherwise: {', '.join(wrong)}; resume as it was begun, or choose another folder")
-    if changed and is_main(): print(f"going on with {', '.join(changed.values())}", flush=True)
+    "Refuse to go on with other data or another state; say what else has changed."
+    changed = _changes(before, now)
+    wrong = [v for k, v in changed.items() if k in ("seed", "batch", "ema", "data")]
+    if wrong:
+        raise UserError(f"{where} was begun otherwise: {', '.join(wrong)}; "
+                        "resume as it was begun, or choose another folder")
+    if changed and is_main():
+        print(f"going on with {', '.join(changed.values())}", flush=True)
 
+# %% ../nbs/00c_training.ipynb #b9eaadd9
 def _read_checkpoint(path, ema, settings): # (state, weights, moments, averages)
-    state = json.loads((path / "state.json").read_text()); same_settings(path, state.get("settings"), settings)
-    if bool(ema) != (path / "ema.safetensors").exists(): raise UserError(f"{path} was begun {'without' if ema else 'with'} averaged weights; resume as it was begun, or choose another folder")
-    return state, load_file(path / "model.safetensors"), torch.load(path / "optimizer.pt", weights_only=True), load_file(path / "ema.safetensors") if ema else {}
+    "All files of a checkpoint, or the error of the first that is broken or of another run."
+    state = json.loads((path / "state.json").read_text())
+    same_settings(path, state.get("settings"), settings)
+    if bool(ema) != (path / "ema.safetensors").exists():
+        raise UserError(f"{path} was begun {'without' if ema else 'with'} averaged weights; "
+                        "resume as it was begun, or choose another folder")
+    weights = load_file(path / "model.safetensors")
+    moments = torch.load(path / "optimizer.pt", weights_only=True)
+    return state, weights, moments, load_file(path / "ema.safetensors") if ema else {}
 
-def load_checkpoint(folder, model, optimizer, ema, settings: dict = None): # The state, or None if there is no checkpoint
-    "Load the newest readable checkpoint."
-    if (Path(folder) / "latest").exists(): raise UserError(f"{folder} holds DeepSpeed's checkpoints: go on as the run was begun, with zero3.yaml")
+def _newest_readable(folder, ema, settings): # (path, what `_read_checkpoint` returns), or None
+    "The newest checkpoint whose files can be read."
     for path in reversed(checkpoints(folder)):
-        try: state, weights, moments, shadow = _read_checkpoint(path, ema, settings)
+        try: return path, _read_checkpoint(path, ema, settings)
         except UserError: raise
-        except Exception as e: print(f"{path.name} cannot be read ({type(e).__name__}): falling back to the checkpoint before", flush=True); continue
-        try: set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_WHOLE)
-        except (RuntimeError, KeyError, ValueError) as e: raise UserError(f"{path} is of another model than this one: {str(e).strip().splitlines()[-1].strip()}") from None
-        if ema:
-            ema.optimization_step = state["ema_step"]
-            for i, p in enumerate(ema.shadow_params): p.data.copy_(distribute_tensor(shadow[str(i)].to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else shadow[str(i)])
+        except Exception as e:
+            print(f"{path.name} cannot be read ({type(e).__name__}): "
+                  "falling back to the checkpoint before", flush=True)
+    return None
+
+# %% ../nbs/00c_training.ipynb #57445a27
+def _restore_model(path, model, optimizer, weights, moments):
+    "Weights and moments of a checkpoint, or an error if they are another model's."
+    try:
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                       options=_WHOLE)
+    except (RuntimeError, KeyError, ValueError) as e:
+        why = str(e).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} is of another model than this one: {why}") from None
+
+def _restore_averages(ema, shadow, step):
+    "The averaged weights of a checkpoint; a divided one takes its part."
+    ema.optimization_step = step
+    for i, p in enumerate(ema.shadow_params):
+        saved = shadow[str(i)]
+        if isinstance(p, DTensor):
+            saved = distribute_tensor(saved.to(p.device), p.device_mesh, p.placements)
+        p.data.copy_(saved)
+
+# %% ../nbs/00c_training.ipynb #bd2bdd90
+def load_checkpoint(
+    folder, model, optimizer, ema, settings: dict = None
+): # The state, or None if there is no checkpoint
+    "Load the newest readable checkpoint."
+    if (Path(folder) / "latest").exists():
+        raise UserError(f"{folder} holds DeepSpeed's checkpoints: "
+                        "go on as the run was begun, with zero3.yaml")
+    found = _newest_readable(folder, ema, settings)
+    if found:
+        path, (state, weights, moments, shadow) = found
+        _restore_model(path, model, optimizer, weights, moments)
+        if ema: _restore_averages(ema, shadow, state["ema_step"])
         return state
-    if checkpoints(folder): raise UserError(f"no checkpoint in {folder} can be read: delete that folder to begin anew")
+    if checkpoints(folder):
+        raise UserError(f"no checkpoint in {folder} can be read: "
+                        "delete that folder to begin anew")
 
 # %% ../nbs/00c_training.ipynb #55d09a66
+def _summed(accelerator, tensor):
+    "The sum over all processes."
+    return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor
+
 def _global_counts(accelerator, task, micro):
     "Counts summed over micro-batches and processes."
     total = {}
     for b, share in micro:
-        for k, v in task.counts(b).items(): total[k] = total.get(k, 0.0) + share * float(v)
+        for k, v in task.counts(b).items():
+            total[k] = total.get(k, 0.0) + share * float(v)
     if accelerator.num_processes > 1:
         names = sorted(total)
-        both = accelerator.reduce(torch.tensor([total[k] for k in names], device=accelerator.device), "sum")
-        total = dict(zip(names, both.tolist()))
+        mine = torch.tensor([total[k] for k in names], device=accelerator.device)
+        total = dict(zip(names, accelerator.reduce(mine, "sum").tolist()))
     return total
 
+# %% ../nbs/00c_training.ipynb #1b6d8bb5
 class Losses(torch.nn.Module):
-    "A task's losses as a module: what processes share, divide or compile is the whole computation, heads included."
-    def __init__(self, task): super().__init__(); self.model, self.task = task.model, [task]  # in a list, so that it is not taken for a part
-    def forward(self, batch, step): return self.task[0].losses(self.model, batch, step)
+    "A task's losses, heads included, as a module that processes share, divide or compile."
+    def __init__(self, task):
+        super().__init__()
+        self.model = task.model
+        self.task = [task]  # in a list, so that it is not taken for a part
 
-def micro_batches(accelerator, task, positions, step, accumulate=1): # [(batch, 1.0, or 0.0 for one that only computes along)]
+    def forward(self, batch, step):
+        return self.task[0].losses(self.model, batch, step)
+
+def micro_batches(
+    accelerator, task, positions, step, accumulate=1
+): # [(batch, 1.0, or 0.0 for one that only computes along)]
     "What this process computes in a step; who has no sample computes along with weight zero."
     chosen = task.choose(positions, step)
-    pieces = np.array_split(chosen[accelerator.process_index::accelerator.num_processes], accumulate)
-    return [(task.batch(p if len(p) else chosen[:1], step), float(len(p) > 0)) for p in pieces]
+    mine = chosen[accelerator.process_index::accelerator.num_processes]
+    micro = []
+    for piece in np.array_split(mine, accumulate):
+        batch = task.batch(piece if len(piece) else chosen[:1], step)
+        micro.append((batch, float(len(piece) > 0)))
+    return micro
 
-def train_step(accelerator, task, model, positions, step, accumulate=1, micro=None): # model: `Losses`; logged terms as tensors
+# %% ../nbs/00c_training.ipynb #db4dc495
+def _micro_step(accelerator, task, model, batch, share, counts, step): # {term: value, "loss": ...}
+    "Forward and backward of one micro-batch."
+    with accelerator.autocast(): terms = model(batch, step)
+    terms = {t: share * v.float() / max(1.0, counts[t]) for t, v in terms.items()}
+    loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
+    # gradients are averaged over processes; the counts are global already
+    accelerator.backward(loss * accelerator.num_processes)
+    return {**terms, "loss": loss}
+
+# %% ../nbs/00c_training.ipynb #dd660e0d
+def train_step(
+    accelerator, task,
+    model,       # `Losses`
+    positions, step, accumulate=1,
+    micro=None   # What `micro_batches` returned, if it has been called already
+): # The logged terms, as tensors
     "Forward and backward of one global batch; gradients are left in `.grad`."
     micro = micro or micro_batches(accelerator, task, positions, step, accumulate)
-    counts, logs = _global_counts(accelerator, task, micro), {}
-    for k, (b, share) in enumerate(micro):
-        with accelerator.no_sync(model) if k + 1 < len(micro) else nullcontext():  # processes add up their gradients once, after the last
-            with accelerator.autocast(): terms = model(b, step)
-            terms = {t: share * v.float() / max(1.0, counts[t]) for t, v in terms.items()}
-            loss = sum(task.weights[t] * v for t, v in terms.items() if t in task.weights)
-            accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged; the counts are global already
-        for t, v in {**terms, "loss": loss}.items():
-            if t == "loss" or counts[t] > 0: logs[t] = logs.get(t, 0) + v.detach()  # a step without f0 says nothing about f0
-    return {t: accelerator.reduce(v, "sum") if accelerator.num_processes > 1 else v for t, v in logs.items()}
+    counts = _global_counts(accelerator, task, micro)
+    logs = {}
+    for k, (batch, share) in enumerate(micro):
+        last = k + 1 == len(micro)
+        with nullcontext() if last else accelerator.no_sync(model):
+            terms = _micro_step(accelerator, task, model, batch, share, counts, step)
+        for t, v in terms.items():
+            if t == "loss" or counts[t] > 0:  # a step without f0 says nothing about f0
+                logs[t] = logs.get(t, 0) + v.detach()
+    return {t: _summed(accelerator, v) for t, v in logs.items()}
 
 # %% ../nbs/00c_training.ipynb #b1a7ab1f
 class Interrupted(Exception):
@@ -226,77 +380,129 @@ class Interrupted(Exception):
 def _catch_signals():
     "Turn SIGINT and SIGTERM into a flag; returns (flag, undo)."
     flag = dict(stop=False)
+    old = {}
     def handler(*_): flag["stop"] = True
-    try: old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError: return flag, lambda: None  # not in the main thread
-    return flag, lambda: [signal.signal(s, h) for s, h in old.items()]
+    def undo():
+        for s, h in old.items(): signal.signal(s, h)
+    try:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            old[s] = signal.signal(s, handler)
+    except ValueError: pass  # not in the main thread
+    return flag, undo
 
-def processes(): return int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and `accelerate launch` say
-def is_main(): return int(os.environ.get("RANK", 0)) == 0
+# %% ../nbs/00c_training.ipynb #85554931
+def processes():
+    "Their number, as torchrun and `accelerate launch` say."
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def is_main():
+    "Whether this is the first process."
+    return int(os.environ.get("RANK", 0)) == 0
 
 def end_processes():
     "Leave together: a process that goes first tears the others' connections."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
+# %% ../nbs/00c_training.ipynb #36794b45
 def make_accelerator(device: str = None, bf16: bool = True):
-    "An accelerator: bf16 where it pays. A notebook may ask for another precision or device than before, hence the reset."
+    "An accelerator: bf16 where it pays."
     dev = pick_device(device)
     AcceleratorState._reset_state(True)  # processes stay connected
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while the first process evaluates
-    fleeting = AutocastKwargs(cache_enabled=False)  # else bf16 copies of all weights live until the forward pass ends, of divided models, too
-    return Accelerator(cpu=dev.type == "cpu", mixed_precision="bf16" if bf16 and has_bf16(dev) else "no", kwargs_handlers=[patience, fleeting])
+    # the others wait while the first process evaluates
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    # else bf16 copies of all weights live until the forward pass ends, of divided models, too
+    fleeting = AutocastKwargs(cache_enabled=False)
+    precision = "bf16" if bf16 and has_bf16(dev) else "no"
+    return Accelerator(cpu=dev.type == "cpu", mixed_precision=precision,
+                       kwargs_handlers=[patience, fleeting])
 
 # %% ../nbs/00c_training.ipynb #3cdefdc8
-def _memory(device): # GB: on a GPU the most that tensors took, on a CPU what the process takes now
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
 class Log:
     "Running means of what steps report: rows in memory, and lines of a file."
     def __init__(self, path=None, upto: int = 0, running: dict = None, board=None):
-        self.path, self.rows, self.running, self.board = path, [], dict(running or {}), board
-        self.begun = self.last = time.time(); self.spent = {}
-        if path and path.exists() and upto: self.rows = [r for r in read_log(path) if r["step"] <= upto]
+        self.path, self.board = path, board
+        self.rows, self.running, self.spent = [], dict(running or {}), {}
+        self.begun = self.last = time.time()
+        if path and path.exists() and upto:
+            self.rows = [r for r in read_log(path) if r["step"] <= upto]
         if path: save_rows(self.rows, path)
 
     def add(self, terms: dict, **spent): # spent: tokens, room, flops, samples, waited (seconds)
         "Take up the terms of one step, and what it cost."
-        if spent.get("room"): terms = {**terms, "padding": 1 - spent["tokens"] / spent["room"]}
+        if spent.get("room"):
+            terms = {**terms, "padding": 1 - spent["tokens"] / spent["room"]}
         for k, v in terms.items():
-            total, n = self.running.get(k, (0.0, 0)); self.running[k] = (total + float(v), n + 1)
+            total, n = self.running.get(k, (0.0, 0))
+            self.running[k] = (total + float(v), n + 1)
         for k, v in spent.items(): self.spent[k] = self.spent.get(k, 0) + v
 
     def write(self, step: int, lr: float, ceiling: float = 0, memory: float = 0): # The row
         "Close a row: the means since the last one."
-        now, s = time.time(), self.spent; took = max(1e-9, now - self.last)
-        row = dict(step=step, **{k: total / n for k, (total, n) in self.running.items()}, lr=lr, samples_per_second=round(s.get("samples", 0) / took, 2),
-                   data_share=round(s.get("waited", 0) / took, 4), memory_gb=round(memory, 3), seconds=round(now - self.begun, 1))
-        if "tokens" in s: row |= dict(tokens_per_second=round(s["tokens"] / took))
-        if "flops" in s and ceiling: row |= dict(mfu=round(s["flops"] / took / ceiling, 4))
-        self.rows.append(row); self.running, self.spent, self.last = {}, {}, now
-        if self.path:
-            try:
-                with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
-            except OSError as e: raise UserError(f"cannot write {self.path}: {e.strerror}; make room, and go on with --resume") from None
+        now = time.time()
+        row = _log_row(self, now, step, lr, ceiling, memory)
+        self.rows.append(row)
+        self.running, self.spent, self.last = {}, {}, now
+        if self.path: _append_row(row, self.path)
         self.show(row)
         return row
 
     def show(self, row: dict):
         "Numbers of a step for TensorBoard."
-        if self.board: [self.board.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"]
+        if not self.board: return
+        for k, v in row.items():
+            if k != "step": self.board.add_scalar(k, v, row["step"])
+
+# %% ../nbs/00c_training.ipynb #6e05cf34
+def _log_row(log, now, step, lr, ceiling, memory):
+    "The means of the terms since the last row, and what these steps cost."
+    spent = log.spent
+    took = max(1e-9, now - log.last)
+    row = dict(
+        step=step,
+        **{k: total / n for k, (total, n) in log.running.items()},
+        lr=lr,
+        samples_per_second=round(spent.get("samples", 0) / took, 2),
+        data_share=round(spent.get("waited", 0) / took, 4),
+        memory_gb=round(memory, 3),
+        seconds=round(now - log.begun, 1))
+    if "tokens" in spent:
+        row["tokens_per_second"] = round(spent["tokens"] / took)
+    if "flops" in spent and ceiling:
+        row["mfu"] = round(spent["flops"] / took / ceiling, 4)
+    return row
+
+# %% ../nbs/00c_training.ipynb #048f45a6
+def _memory(device):
+    "GB: on a GPU the most that tensors took, on a CPU what the process takes now."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+def _append_row(row, path):
+    "Add a line to a log."
+    try:
+        with open(path, "a") as f: f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; "
+                        "make room, and go on with --resume") from None
 
 # %% ../nbs/00c_training.ipynb #edb1543b
 def save_rows(rows, path):
     "Write a log under a temporary name, then rename."
-    with _renamed(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with _renamed(path) as tmp:
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 def read_log(path): # A JSONL file
     "A log as a list of dicts, without a last line that was cut short."
-    lines, rows = Path(path).read_text().splitlines(), []
-    for k, line in enumerate(lines):
+    lines = Path(path).read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
         try: rows.append(json.loads(line))
         except json.JSONDecodeError:
-            if k + 1 < len(lines): raise UserError(f"{path}: line {k + 1} is no row of a log") from None
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is no row of a log") from None
     return rows
 
 # %% ../nbs/00c_training.ipynb #c539e2ac
@@ -306,30 +512,44 @@ class Run:
     accumulate: int = 1    # Micro-batches a step
     ahead: int = 0         # Batches prepared in a thread while a step computes
     bf16: bool = True      # Where the device is fast at it
-    shard: bool = False    # Weights, gradients and moments divided among processes (`fully_shard`, that is ZeRO-3)
+    shard: bool = False    # Model and moments divided among processes (`fully_shard`: ZeRO-3)
     bad_step: str = "stop" # or "skip": what to do with a gradient that is not finite, or a spike
-    spike: float = 0.0     # A gradient this many times its running mean is a spike; 0 looks for none
+    spike: float = 0.0     # A gradient this many times its running mean is a spike; 0: none is
     save_every: int = 400  # Steps between checkpoints
     norms_every: int = 0   # Steps between gradient norms of the loss's terms, each alone
     tensorboard: bool = False # Write the log for TensorBoard, too
 
     def __post_init__(self):
-        if self.bad_step not in ("stop", "skip"): raise UserError(f"unknown choice {self.bad_step!r} for a bad step: choose stop or skip")
-        if min(self.accumulate, self.save_every) < 1 or self.ahead < 0 or self.norms_every < 0 or self.spike and self.spike <= 1: raise UserError("a run wants at least one micro-batch and one step between checkpoints, no negative numbers, and a spike above 1 (or 0 for none)")
+        if self.bad_step not in ("stop", "skip"):
+            raise UserError(f"unknown choice {self.bad_step!r} for a bad step: "
+                            "choose stop or skip")
+        too_few = min(self.accumulate, self.save_every) < 1
+        negative = self.ahead < 0 or self.norms_every < 0
+        if too_few or negative or (self.spike and self.spike <= 1):
+            raise UserError("a run wants at least one micro-batch and one step between "
+                            "checkpoints, no negative numbers, "
+                            "and a spike above 1 (or 0 for none)")
 
 # %% ../nbs/00c_training.ipynb #d3f2b612
 class Batches:
     "The micro-batches of a step; `ahead` of them are in the making."
     def __init__(self, make, last: int, ahead: int): # make: step -> micro-batches
-        self.make, self.last, self.ahead, self.coming = make, last, ahead, {}
+        self.make = make
+        self.last, self.ahead = last, ahead
+        self.coming = {}  # step -> what the thread has made of it, or will have
         self.pool = ThreadPoolExecutor(1) if ahead else None
 
     def __call__(self, step): # (micro-batches, seconds waited)
         t = time.perf_counter()
-        if not self.pool: return self.make(step), time.perf_counter() - t
+        micro = self._next(step) if self.pool else self.make(step)
+        return micro, time.perf_counter() - t
+
+    def _next(self, step):
+        "A step's micro-batches from the thread, which goes on with the following ones."
         for s in range(step, min(step + 1 + self.ahead, self.last)):
-            if s not in self.coming: self.coming[s] = self.pool.submit(self.make, s)
-        return self.coming.pop(step).result(), time.perf_counter() - t
+            if s not in self.coming:
+                self.coming[s] = self.pool.submit(self.make, s)
+        return self.coming.pop(step).result()
 
     def close(self):
         if self.pool: self.pool.shutdown(cancel_futures=True)
@@ -338,217 +558,482 @@ class Batches:
 CALM = 50   # ours: steps before a running mean of gradient norms is trusted
 SKIPS = 10  # ours: more bad steps than this in a row, and something else is wrong
 
-def is_bad(norm: float, watch: dict, spike: float): # watch: {"mean", "n", "row"}, changed in place
-    "Whether a gradient's norm is not finite or a spike; keeps the running mean, without the bad ones."
-    bad = not math.isfinite(norm) or bool(spike) and watch["n"] >= CALM and norm > spike * watch["mean"]
+def is_bad(
+    norm: float,
+    watch: dict, # {"mean", "n", "row"}, changed in place
+    spike: float
+):
+    "Whether a norm is not finite or a spike; keeps the running mean, without the bad ones."
+    bad = not math.isfinite(norm)
+    if spike and not bad:
+        bad = watch["n"] >= CALM and norm > spike * watch["mean"]
     if bad: watch["row"] += 1
-    else: watch.update(row=0, n=watch["n"] + 1, mean=norm if not watch["n"] else .98 * watch["mean"] + .02 * norm)
+    else:
+        mean = .98 * watch["mean"] + .02 * norm if watch["n"] else norm
+        watch.update(row=0, n=watch["n"] + 1, mean=mean)
     return bad
+
+# %% ../nbs/00c_training.ipynb #0281a6e2
+def _moved(batch, device):
+    "The batch with its tensors on a device."
+    on = {}
+    for k, v in batch.items():
+        on[k] = v.to(device) if isinstance(v, torch.Tensor) else v
+    return on
 
 def dump_step(folder, name, seed, step, micro, terms, norm, bf16=False): # The file
     "Keep a step's batches for `replay`; each process writes its own."
-    path = Path(folder) / "bad" / f"step_{step:07d}_{int(os.environ.get('RANK', 0))}.pt"; path.parent.mkdir(exist_ok=True)
-    with _renamed(path) as tmp: torch.save(dict(name=name, seed=seed, step=step, norm=norm, bf16=bf16, terms={k: float(v) for k, v in terms.items()}, micro=[({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for b, s in micro]), tmp)
+    rank = int(os.environ.get("RANK", 0))
+    path = Path(folder) / "bad" / f"step_{step:07d}_{rank}.pt"
+    path.parent.mkdir(exist_ok=True)
+    kept = dict(
+        name=name, seed=seed, step=step, norm=norm, bf16=bf16,
+        terms={k: float(v) for k, v in terms.items()},
+        micro=[(_moved(b, "cpu"), share) for b, share in micro])
+    with _renamed(path) as tmp: torch.save(kept, tmp)
     return path
 
-def replay(task: Task, path, device="cpu"): # path: a file of `bad/`; what other processes wrote for the same step is taken, too
-    "Compute a dumped step again with the task's present weights: {terms, norm, parameters}, the last whose gradient is largest or not finite."
+def _suspects(norms, n=5): # {parameter: norm}
+    "The parameters whose gradients are not finite or largest, these first."
+    def rank(name):
+        return -norms[name] if math.isfinite(norms[name]) else -math.inf
+    return {name: norms[name] for name in sorted(norms, key=rank)[:n]}
+
+# %% ../nbs/00c_training.ipynb #7cb41a9a
+def replay(
+    task: Task,
+    path,        # A file of `bad/`; what other processes wrote for the same step is taken, too
+    device="cpu"
+): # {terms, norm, parameters}, the last whose gradient is largest or not finite
+    "Compute a dumped step again with the task's present weights."
     files = sorted(Path(path).parent.glob(Path(path).name.rpartition("_")[0] + "_*.pt"))
-    with reading(path, "batch"): parts = [torch.load(p, weights_only=True) for p in files]; kept = parts[0]
+    with reading(path, "batch"):
+        parts = [torch.load(p, weights_only=True) for p in files]
+        kept = parts[0]
     accelerator = make_accelerator(device, kept["bf16"])
-    micro = [({k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()}, s) for p in parts for b, s in p["micro"]]
-    task.model.to(accelerator.device).train().zero_grad(); torch.manual_seed(seed_of(kept["seed"], kept["name"], kept["step"]))
+    micro = []
+    for part in parts:
+        micro += [(_moved(b, accelerator.device), share) for b, share in part["micro"]]
+    task.model.to(accelerator.device).train().zero_grad()
+    torch.manual_seed(seed_of(kept["seed"], kept["name"], kept["step"]))
     terms = train_step(accelerator, task, Losses(task), None, kept["step"], micro=micro)
-    norms = {n: float(p.grad.norm()) for n, p in task.model.named_parameters() if p.grad is not None}
-    worst = sorted(norms, key=lambda n: -norms[n] if math.isfinite(norms[n]) else -math.inf)[:5]
-    return dict(terms={k: float(v) for k, v in terms.items()}, norm=math.sqrt(sum(v * v for v in norms.values())), parameters={n: norms[n] for n in worst})
+    params = task.model.named_parameters()
+    norms = {n: float(p.grad.norm()) for n, p in params if p.grad is not None}
+    total = math.sqrt(sum(v * v for v in norms.values()))
+    terms = {k: float(v) for k, v in terms.items()}
+    return dict(terms=terms, norm=total, parameters=_suspects(norms))
 
 # %% ../nbs/00c_training.ipynb #24ea1ba3
+def _flat_gradient(loss, params):
+    "One vector of the loss's gradients; zero where a parameter has no part in it."
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    flat = []
+    for p, g in zip(params, grads):
+        if g is None: g = torch.zeros_like(p)
+        flat.append(g.flatten().float())
+    return torch.cat(flat)
+
 def term_norms(accelerator, task, micro, step): # {"norm_text": ..., ...}
     "Norm of each weighted term's gradient, alone, on the model as it is."
-    counts, params, total = _global_counts(accelerator, task, micro), [p for p in task.model.parameters() if p.requires_grad], {}
+    counts = _global_counts(accelerator, task, micro)
+    params = [p for p in task.model.parameters() if p.requires_grad]
+    total = {}
     for b, share in micro:
         with accelerator.autocast(): terms = task.losses(task.model, b, step)
         for t in task.weights:
             if not counts.get(t): continue
-            grads = torch.autograd.grad(share * task.weights[t] * terms[t].float() / counts[t], params, retain_graph=True, allow_unused=True)
-            flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for p, g in zip(params, grads)])
-            total[t] = total.get(t, 0) + flat
-    return {f"norm_{t}": (accelerator.reduce(g, "sum") if accelerator.num_processes > 1 else g).norm() for t, g in total.items()}
+            loss = share * task.weights[t] * terms[t].float() / counts[t]
+            total[t] = total.get(t, 0) + _flat_gradient(loss, params)
+    return {f"norm_{t}": _summed(accelerator, g).norm() for t, g in total.items()}
 
 # %% ../nbs/00c_training.ipynb #d4fded7f
-def _tell_deepspeed(plugin, stage, run): # DeepSpeed clips and steps within the backward pass: it must know, and cannot skip
+def _tell_deepspeed(plugin, stage, run):
     "Give a stage's numbers to DeepSpeed, and refuse what it cannot do."
-    if run.shard or run.bad_step == "skip" or run.accumulate > 1 or stage.ema: raise UserError("DeepSpeed divides models itself and steps within the backward pass: leave out --shard, --bad-step skip and --accumulate, and stages with averaged weights; or use fsdp2.yaml")
-    plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=stage.clip)  # batches come from us; the first number is for its reports
+    # it clips and steps within the backward pass: it must know, and cannot skip
+    if run.shard or run.bad_step == "skip" or run.accumulate > 1 or stage.ema:
+        raise UserError("DeepSpeed divides models itself and steps within the backward pass: "
+                        "leave out --shard, --bad-step skip and --accumulate, "
+                        "and stages with averaged weights; or use fsdp2.yaml")
+    plugin.deepspeed_config |= dict(
+        train_micro_batch_size_per_gpu=1,  # batches come from us; this is for its reports
+        gradient_accumulation_steps=1,
+        gradient_clipping=stage.clip)
 
-def _tell_fsdp(plugin, task, run): # its file cannot know the stage's model
-    "Which layers are gathered one at a time; weights and sums stay in float32 as everywhere else, and autocast computes in bf16."
-    if run.shard: raise UserError("fsdp2.yaml divides the model already: leave out --shard")
+def _tell_fsdp(plugin, task, run):
+    "Which layers are gathered one at a time, and in which precision: its file cannot know."
+    if run.shard:
+        raise UserError("fsdp2.yaml divides the model already: leave out --shard")
     plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in task.blocks()})
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # weights and sums stay in float32 as everywhere else, and autocast computes in bf16
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 # %% ../nbs/00c_training.ipynb #fc08d63f
-def divides(accelerator, run): # Whether each process holds a part of the model only
+def divides(accelerator, run):
+    "Whether each process holds a part of the model only."
     return run.shard or accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin is not None
 
+def _check_division(task, accelerator, run):
+    "Refuse to divide what cannot be divided."
+    if run.shard and accelerator.num_processes < 2:
+        raise UserError("sharding divides a model among processes: start several, say "
+                        "torchrun --nproc_per_node 2 -m puma_nb.cli train --shard ...")
+    if divides(accelerator, run) and not task.blocks():
+        raise UserError("only language models and decoders are worth dividing: "
+                        "train this stage without --shard, or with ddp.yaml")
+
+# %% ../nbs/00c_training.ipynb #3b736cad
 def _place(task, stage, accelerator, run): # `Losses`, ready for the optimiser
     "Put the model on the device; one that is divided goes there part by part."
     if stage.checkpointing: task.checkpointing()
     if stage.compile: task.model.compile()
-    if run.shard and accelerator.num_processes < 2: raise UserError("sharding divides a model among processes: start several, say torchrun --nproc_per_node 2 -m puma_nb.cli train --shard ...")
-    if divides(accelerator, run) and not task.blocks(): raise UserError("only language models and decoders are worth dividing: train this stage without --shard, or with ddp.yaml")
-    if not divides(accelerator, run): task.model.to(accelerator.device, memory_format=memory_format(accelerator.device))
-    elif accelerator.is_fsdp2: _tell_fsdp(accelerator.state.fsdp_plugin, task, run)
-    elif accelerator.state.deepspeed_plugin: _tell_deepspeed(accelerator.state.deepspeed_plugin, stage, run)
-    task.model.train(); losses = Losses(task)
+    _check_division(task, accelerator, run)
+    device, state = accelerator.device, accelerator.state
+    if not divides(accelerator, run):
+        task.model.to(device, memory_format=memory_format(device))
+    elif accelerator.is_fsdp2:
+        _tell_fsdp(state.fsdp_plugin, task, run)
+    elif state.deepspeed_plugin:
+        _tell_deepspeed(state.deepspeed_plugin, stage, run)
+    task.model.train()
+    losses = Losses(task)
     if run.shard:
         for part in (*task.blocks(), losses): fully_shard(part)
     return losses
 
 # %% ../nbs/00c_training.ipynb #93af13a7
-def _prepare(task, stage, accelerator, folder, resume, run, settings): # (losses, optimizer, ema, state)
+def _optimizer(task, stage, accelerator, losses, run): # (losses, optimizer), as accelerate has them
+    "AdamW over the task's groups."
+    optimizer = torch.optim.AdamW(
+        task.groups(stage), lr=stage.lr, weight_decay=stage.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"))
+    if run.shard: return losses, accelerator.prepare(optimizer)
+    return accelerator.prepare(losses, optimizer)
+
+def _averages(task, stage):
+    "The averaged weights, if the stage asks for them."
+    if not stage.ema: return None
+    params = [p for p in task.model.parameters() if p.requires_grad]
+    return EMAModel(params, decay=stage.ema)
+
+# %% ../nbs/00c_training.ipynb #42c65f15
+def _prepare(
+    task, stage, accelerator, folder, resume, run, settings
+): # (losses, optimizer, ema, state)
     "Everything that a run carries from step to step."
     losses = _place(task, stage, accelerator, run)
-    optimizer = torch.optim.AdamW(task.groups(stage), lr=stage.lr, weight_decay=stage.weight_decay, fused=accelerator.device.type in ("cpu", "cuda"))
-    if run.shard: optimizer = accelerator.prepare(optimizer)
-    else: losses, optimizer = accelerator.prepare(losses, optimizer)
-    ema = EMAModel([p for p in task.model.parameters() if p.requires_grad], decay=stage.ema) if stage.ema else None
+    losses, optimizer = _optimizer(task, stage, accelerator, losses, run)
+    ema = _averages(task, stage)
     state = None
-    if folder and resume: state = _load_parts(folder, losses, settings) if accelerator.state.deepspeed_plugin else load_checkpoint(folder, task.model, optimizer.optimizer, ema, settings)
-    for g in optimizer.param_groups: g["weight_decay"] = stage.weight_decay  # a checkpoint brings its own
+    if folder and resume and accelerator.state.deepspeed_plugin:
+        state = _load_parts(folder, losses, settings)
+    elif folder and resume:
+        state = load_checkpoint(folder, task.model, optimizer.optimizer, ema, settings)
+    for g in optimizer.param_groups:
+        g["weight_decay"] = stage.weight_decay
     _same_step(accelerator, folder, state)
-    if state and state["step"] > stage.steps: raise UserError(f"{folder} is at step {state['step']}, beyond the {stage.steps} of this run: give it as many as before, or choose another folder")
-    return losses, optimizer, ema, state or dict(step=0, running={}, watch=dict(mean=0.0, n=0, row=0))
+    if state and state["step"] > stage.steps:
+        raise UserError(f"{folder} is at step {state['step']}, beyond the {stage.steps} of this "
+                        "run: give it as many as before, or choose another folder")
+    return losses, optimizer, ema, state or dict(
+        step=0, running={}, watch=dict(mean=0.0, n=0, row=0))
 
-def _same_step(accelerator, folder, state): # each process reads for itself, and must have found the same
-    steps = accelerator.gather(torch.tensor([state["step"] if state else 0], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1: raise UserError(f"the processes find different checkpoints in {folder} (steps {', '.join(map(str, steps))}): they must share one disk; if they do, start again")
+# %% ../nbs/00c_training.ipynb #cda634eb
+def _same_step(accelerator, folder, state):
+    "All processes must have found the same checkpoint."
+    mine = torch.tensor([state["step"] if state else 0], device=accelerator.device)
+    steps = accelerator.gather(mine).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes find different checkpoints in {folder} "
+                        f"(steps {', '.join(map(str, steps))}): they must share one disk; "
+                        "if they do, start again")
 
-def _load_parts(folder, losses, settings): # DeepSpeed's checkpoint; None if there is none
+def _load_parts(folder, losses, settings): # Its state; None if there is none
+    "DeepSpeed's checkpoint."
     if not (folder / "latest").exists():
-        if checkpoints(folder): raise UserError(f"{folder} holds whole checkpoints: go on as the run was begun, without zero3.yaml")
-        return None
+        if not checkpoints(folder): return None
+        raise UserError(f"{folder} holds whole checkpoints: "
+                        "go on as the run was begun, without zero3.yaml")
     try: state = losses.load_checkpoint(str(folder))[1]
-    except Exception as e: raise UserError(f"{folder} cannot be read by DeepSpeed ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}); it wants as many processes as before") from None
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [''])[0]
+        raise UserError(f"{folder} cannot be read by DeepSpeed ({type(e).__name__}: {why}); "
+                        "it wants as many processes as before") from None
     same_settings(folder, state.get("settings"), settings)
     return state
 
-def _board(out, step): # A TensorBoard writer
+# %% ../nbs/00c_training.ipynb #252f0da8
+def _board(out, step):
+    "A TensorBoard writer."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise UserError("TensorBoard is not installed: pip install tensorboard, or leave --tensorboard out") from None
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install tensorboard, "
+                        "or leave --tensorboard out") from None
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
-def _all_agree(accelerator, flag: bool): # whether any process says so
+def _all_agree(accelerator, flag: bool):
+    "Whether any process says so."
     if accelerator.num_processes == 1: return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+    votes = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(votes > 0)
 
 # %% ../nbs/00c_training.ipynb #e08396c3
 class Session:
     "What one call of `fit` carries from step to step."
     def __init__(self, task, stage, out, seed, resume, device, name, run):
-        self.task, self.stage, self.seed, self.name, self.run = task, stage, seed, name, run
-        self.accelerator, self.out = make_accelerator(device, run.bf16), out and writable_folder(out)
-        a = self.accelerator; self.main, self.zero = a.is_main_process, a.state.deepspeed_plugin is not None
-        self.aside = copy.deepcopy(task.model).cpu() if self.main and divides(a, run) else None
+        self.task, self.stage, self.run = task, stage, run
+        self.seed, self.name = seed, name
+        self.accelerator = make_accelerator(device, run.bf16)
+        self.out = out and writable_folder(out)
         self.folder = self.out and self.out / "checkpoints"
-        if self.folder and not resume and checkpoints(self.folder): raise UserError(f"{self.out} holds checkpoints of a run that has not ended: go on with --resume, or choose another folder")
-        if run.norms_every and divides(a, run): raise UserError("norms of single terms want the whole model in each process: leave out --norms, or --shard")
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not a.is_fsdp2: raise UserError("accelerate divides models on GPUs only, and there is none: on CPUs start torchrun and use --shard, or take ddp.yaml")
-        self.settings = dict(seed=seed, data=task.reads(), **{k: v for k, v in asdict(stage).items() if k not in ("checkpointing", "compile")})
-        self.losses, self.optimizer, self.ema, state = _prepare(task, stage, a, self.folder, resume, run, self.settings)
-        self.begun, self.watch, self.sharded = state["step"], state["watch"], is_sharded(task.model)
-        self.params, self.peaks = [p for p in task.model.parameters() if p.requires_grad], [g["lr"] for g in task.groups(stage)]
-        self.ceiling = matmul_ceiling(a.device) * a.num_processes if self.main and type(task).work is not Task.work else 0
-        board = _board(self.out, self.begun) if run.tensorboard and self.out and self.main else None
-        self.log = Log(self.out / "log.jsonl" if self.out and self.main else None, self.begun, state["running"], board)
-        positions = lambda s: np.arange(s * stage.batch, (s + 1) * stage.batch)
-        self.batches = Batches(lambda s: micro_batches(a, task, positions(s), s, run.accumulate), stage.steps, run.ahead)
+        self.main = self.accelerator.is_main_process
+        self.zero = self.accelerator.state.deepspeed_plugin is not None
+        divided = divides(self.accelerator, run)
+        self.aside = copy.deepcopy(task.model).cpu() if self.main and divided else None
+        _check_session(self, resume, divided)
+        self.settings = _settings(task, stage, seed)
+        self.losses, self.optimizer, self.ema, state = _prepare(
+            task, stage, self.accelerator, self.folder, resume, run, self.settings)
+        _begin(self, state)
+
+    def step(self, step):
+        "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
+        _step(self, step)
+
+    def read(self, step): # (micro-batches, seconds waited)
+        "The batch of a step; if any process cannot read its own, all save what is there and stop."
+        return _read(self, step)
 
     def row(self, done): # The loss, for the progress bar
         "Close a row of the log."
-        return self.log.write(done, self.optimizer.param_groups[0]["lr"], self.ceiling, _memory(self.accelerator.device))["loss"]
+        lr = self.optimizer.param_groups[0]["lr"]
+        return self.log.write(done, lr, self.ceiling, _memory(self.accelerator.device))["loss"]
+
+    def refuse(self, step, micro, terms, norm):
+        "Dump a bad step; stop unless the run skips such steps."
+        _refuse(self, step, micro, terms, norm)
+
+    def save(self, done):
+        "Write a checkpoint."
+        _save(self, done)
+
+    def look(self, done):
+        "Draw samples and measure on validation data while training goes on."
+        _look(self, done)
+
+    def finish(self): # The log
+        "Leave the averaged weights in the model, and the model whole."
+        _make_whole(self)
+        return self.log.rows
+
+# %% ../nbs/00c_training.ipynb #f5dda5e4
+def _check_session(session, resume, divided):
+    "Refuse what would overwrite a run, and what the processes cannot do."
+    run, accelerator = session.run, session.accelerator
+    if session.folder and not resume and checkpoints(session.folder):
+        raise UserError(f"{session.out} holds checkpoints of a run that has not ended: "
+                        "go on with --resume, or choose another folder")
+    if run.norms_every and divided:
+        raise UserError("norms of single terms want the whole model in each process: "
+                        "leave out --norms, or --shard")
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if wants_fsdp and not accelerator.is_fsdp2:
+        raise UserError("accelerate divides models on GPUs only, and there is none: "
+                        "on CPUs start torchrun and use --shard, or take ddp.yaml")
+
+def _settings(task, stage, seed):
+    "What a run must keep to when it goes on."
+    how = ("checkpointing", "compile")  # how a stage trains, not what
+    kept = {k: v for k, v in asdict(stage).items() if k not in how}
+    return dict(seed=seed, data=task.reads(), **kept)
+
+# %% ../nbs/00c_training.ipynb #810ec66e
+def _begin(session, state):
+    "Take up the state of an earlier run, or of none; open the log; get batches ready."
+    task, stage, run = session.task, session.stage, session.run
+    accelerator, writes = session.accelerator, session.out and session.main
+    session.begun, session.watch = state["step"], state["watch"]
+    session.sharded = is_sharded(task.model)
+    session.params = [p for p in task.model.parameters() if p.requires_grad]
+    session.peaks = [g["lr"] for g in task.groups(stage)]
+    session.ceiling = 0
+    if session.main and type(task).work is not Task.work:
+        session.ceiling = matmul_ceiling(accelerator.device) * accelerator.num_processes
+    board = _board(session.out, session.begun) if run.tensorboard and writes else None
+    path = session.out / "log.jsonl" if writes else None
+    session.log = Log(path, session.begun, state["running"], board)
+    session.batches = _batches(task, stage, accelerator, run)
+
+def _batches(task, stage, accelerator, run):
+    "The batches of a stage: a step's are the positions from `step * batch` on."
+    def make(step):
+        positions = np.arange(step * stage.batch, (step + 1) * stage.batch)
+        return micro_batches(accelerator, task, positions, step, run.accumulate)
+    return Batches(make, stage.steps, run.ahead)
 
 # %% ../nbs/00c_training.ipynb #cc375c1a
-@patch
-def step(self: Session, step):
-    "Forward, backward, clipping, and the optimiser's step unless it is a bad one."
-    for g, peak in zip(self.optimizer.param_groups, self.peaks): g["lr"] = peak * lr_factor(step, self.stage.steps, self.stage.warmup, self.stage.schedule)
-    torch.manual_seed(seed_of(self.seed, self.name, step))
-    micro, waited = self.read(step)
-    terms = train_step(self.accelerator, self.task, self.losses, None, step, micro=micro)
-    norm = float(gathered(self.accelerator.clip_grad_norm_(self.params, self.stage.clip)))
-    if bad := is_bad(norm, self.watch, self.run.spike): self.refuse(step, micro, terms, norm)
-    else: self.optimizer.step()
-    self.optimizer.zero_grad(set_to_none=True)
+def _step(session, step):
+    "The body of `Session.step`."
+    task, stage, run, accelerator = session.task, session.stage, session.run, session.accelerator
+    factor = lr_factor(step, stage.steps, stage.warmup, stage.schedule)
+    for g, peak in zip(session.optimizer.param_groups, session.peaks):
+        g["lr"] = peak * factor
+    torch.manual_seed(seed_of(session.seed, session.name, step))
+    micro, waited = session.read(step)
+    terms = train_step(accelerator, task, session.losses, None, step, micro=micro)
+    norm = float(gathered(accelerator.clip_grad_norm_(session.params, stage.clip)))
+    bad = is_bad(norm, session.watch, run.spike)
+    if bad: session.refuse(step, micro, terms, norm)
+    else: session.optimizer.step()
+    session.optimizer.zero_grad(set_to_none=True)
     if bad: return
-    if self.ema: self.ema.step(self.params)
-    if self.run.norms_every and not (self.sharded or self.zero) and (step + 1) % self.run.norms_every == 0: terms |= term_norms(self.accelerator, self.task, micro, step)
-    spent = [self.task.work(b) for b, _ in micro]
-    self.log.add({**terms, "grad_norm": norm}, samples=self.stage.batch, waited=waited, **{k: self.accelerator.num_processes * sum(w[k] for w in spent) for k in spent[0]})
+    if session.ema: session.ema.step(session.params)
+    whole = not (session.sharded or session.zero)
+    if run.norms_every and whole and (step + 1) % run.norms_every == 0:
+        terms |= term_norms(accelerator, task, micro, step)
+    session.log.add({**terms, "grad_norm": norm}, samples=stage.batch, waited=waited,
+                    **_cost(task, micro, accelerator.num_processes))
 
-@patch
-def read(self: Session, step): # (micro-batches, seconds waited)
-    "The batch of a step; if any process cannot read its own, all save what there is and stop."
-    try: found, trouble = self.batches(step), None
-    except (OSError, UserError) as e: found, trouble = None, str(e)
-    if _all_agree(self.accelerator, trouble is not None):
-        if step > self.begun: self.save(step)
-        self.accelerator.wait_for_everyone()
-        raise UserError(f"{self.name}: step {step}: {trouble or 'another process cannot read its data'}" + ("; what was learnt before is saved, go on with --resume" if self.out and step > self.begun else ""))
-    return found
+# %% ../nbs/00c_training.ipynb #51b5913c
+def _cost(task, micro, n):
+    "What a step cost all processes, if it cost each what it cost this one."
+    spent = [task.work(b) for b, _ in micro]
+    total = {}
+    for k in spent[0]: total[k] = n * sum(w[k] for w in spent)
+    return total
+
+# %% ../nbs/00c_training.ipynb #1ee71293
+def _read(session, step): # (micro-batches, seconds waited)
+    "The body of `Session.read`."
+    found = trouble = None
+    try: found = session.batches(step)
+    except (OSError, UserError) as e: trouble = str(e)
+    if not _all_agree(session.accelerator, trouble is not None): return found
+    learnt = step > session.begun
+    if learnt: session.save(step)
+    session.accelerator.wait_for_everyone()
+    what = f"{session.name}: step {step}: {trouble or 'another process cannot read its data'}"
+    if session.out and learnt:
+        what += "; what was learnt before is saved, go on with --resume"
+    raise UserError(what)
 
 # %% ../nbs/00c_training.ipynb #edb51bd5
-@patch
-def refuse(self: Session, step, micro, terms, norm):
-    "Dump a bad step; stop unless the run skips such steps."
-    mean, what = self.watch["mean"], f"{self.name}: the gradient's norm is {norm:.4g} at step {step}"
-    if math.isfinite(norm) and mean: what += f", {norm / mean:.3g} times its running mean"
-    if self.out:
-        try:
-            file = dump_step(self.out, self.name, self.seed, step, micro, terms, norm, self.accelerator.mixed_precision == "bf16").relative_to(self.out)
-            what += f"; its batch is kept beside the log as {file}" + (f", and by each of the {processes()} processes" if processes() > 1 else "")
-        except (OSError, RuntimeError, UserError) as e: what += f"; its batch cannot be kept ({str(e).splitlines()[0]})"
-    if self.zero: raise UserError(f"{what}; DeepSpeed has taken the step already: go on from the last checkpoint with --resume")
-    if self.watch["row"] > SKIPS: raise UserError(f"{what}; {self.watch['row']} steps in a row were bad: delete the newest checkpoint and resume from the one before, or lower the preset's rate")
-    if self.run.bad_step == "skip":
-        if self.main: tqdm.write(what + ": skipped")
+def _bad_step(session, step, norm):
+    "A bad step in words."
+    mean = session.watch["mean"]
+    what = f"{session.name}: the gradient's norm is {norm:.4g} at step {step}"
+    if math.isfinite(norm) and mean:
+        what += f", {norm / mean:.3g} times its running mean"
+    return what
+
+def _keep_batch(session, step, micro, terms, norm):
+    "Dump a bad step; where to, in words."
+    bf16 = session.accelerator.mixed_precision == "bf16"
+    try:
+        file = dump_step(session.out, session.name, session.seed, step, micro, terms, norm, bf16)
+        what = f"; its batch is kept beside the log as {file.relative_to(session.out)}"
+        if processes() > 1:
+            what += f", and by each of the {processes()} processes"
+        return what
+    except (OSError, RuntimeError, UserError) as e:
+        return f"; its batch cannot be kept ({str(e).splitlines()[0]})"
+
+# %% ../nbs/00c_training.ipynb #ae8f0980
+def _refuse(session, step, micro, terms, norm):
+    "The body of `Session.refuse`."
+    what = _bad_step(session, step, norm)
+    if session.out: what += _keep_batch(session, step, micro, terms, norm)
+    if session.zero:
+        raise UserError(f"{what}; DeepSpeed has taken the step already: "
+                        "go on from the last checkpoint with --resume")
+    row = session.watch["row"]
+    if row > SKIPS:
+        raise UserError(f"{what}; {row} steps in a row were bad: delete the newest checkpoint "
+                        "and resume from the one before, or lower the preset's rate")
+    if session.run.bad_step == "skip":
+        if session.main: tqdm.write(what + ": skipped")
         return
-    self.watch["row"] = 0; self.save(step); self.accelerator.wait_for_everyone()  # who leaves first ends the others, the one that writes too
+    session.watch["row"] = 0
+    session.save(step)
+    # who leaves first ends the others, the one that writes too
+    session.accelerator.wait_for_everyone()
     raise UserError(f"{what}; go on without such steps: --resume --bad-step skip")
 
-@patch
-def save(self: Session, done):
-    "Write a checkpoint."
-    state = dict(running=self.log.running, watch=self.watch, settings=self.settings)
-    if not self.out or not (self.main or self.sharded or self.zero): return
-    if self.zero:
-        self.losses.save_checkpoint(str(self.folder), f"step_{done:07d}", dict(step=done, **state))
-        if self.main: drop_old(self.folder)
+# %% ../nbs/00c_training.ipynb #0af89295
+def _save(session, done):
+    "The body of `Session.save`."
+    state = dict(running=session.log.running, watch=session.watch, settings=session.settings)
+    takes_part = session.main or session.sharded or session.zero
+    if not session.out or not takes_part: return
+    if session.zero:
+        state = dict(step=done, **state)
+        session.losses.save_checkpoint(str(session.folder), f"step_{done:07d}", state)
+        if session.main: drop_old(session.folder)
         return
-    held = run_state(self.task.model, self.optimizer.optimizer, self.ema)
-    if self.main: save_checkpoint(self.folder, done, held, self.ema, state)
+    held = run_state(session.task.model, session.optimizer.optimizer, session.ema)
+    if session.main:
+        save_checkpoint(session.folder, done, held, session.ema, state)
 
 # %% ../nbs/00c_training.ipynb #327d399f
-@patch
-def look(self: Session, done):
-    "Draw samples and measure on validation data while training goes on: the first process, if it has the whole model."
-    if not self.main or self.sharded or self.zero: return
-    self.task.sample(self.task.model, done, self.out and self.out / "samples")
-    if numbers := self.task.validate(self.task.model.eval(), done):
-        row, path = dict(step=done, **numbers), self.out and self.out / "validation.jsonl"; self.log.show(row)
-        if path: save_rows([*(r for r in (read_log(path) if path.exists() else []) if r["step"] < done), row], path)
-    self.task.model.train()
+def _look(session, done):
+    "The body of `Session.look`: the first process, if it has the whole model."
+    if not session.main or session.sharded or session.zero: return
+    task, out = session.task, session.out
+    task.sample(task.model, done, out and out / "samples")
+    numbers = task.validate(task.model.eval(), done)
+    if numbers:
+        row = dict(step=done, **numbers)
+        session.log.show(row)
+        if out: _add_validation(row, out / "validation.jsonl")
+    task.model.train()
 
-@patch
-def finish(self: Session): # The log
-    "Leave the averaged weights in the model, and the model whole."
-    if self.ema: self.ema.copy_to(self.params)
-    if self.sharded or self.zero:
-        weights = {k.removeprefix("model."): v for k, v in (self.accelerator.get_state_dict(self.losses) or {}).items()} if self.zero else run_state(self.task.model, self.optimizer.optimizer, None)[0]
-        if self.aside: self.aside.load_state_dict(weights); self.task.model = self.aside
-    self.task.model.eval()
-    return self.log.rows
+def _add_validation(row, path):
+    "Add a row; what an earlier run has written from this step on is replaced."
+    before = read_log(path) if path.exists() else []
+    save_rows([*(r for r in before if r["step"] < row["step"]), row], path)
+
+# %% ../nbs/00c_training.ipynb #e2ae69cb
+def _make_whole(session):
+    "The averaged weights into the model, and a divided model's weights into the one kept aside."
+    task = session.task
+    if session.ema: session.ema.copy_to(session.params)
+    if session.sharded or session.zero:
+        weights = _whole_weights(session)
+        if session.aside:
+            session.aside.load_state_dict(weights)
+            task.model = session.aside
+    task.model.eval()
+
+def _whole_weights(session):
+    "The weights of a divided model, on the first process; all processes must ask."
+    if not session.zero:
+        return run_state(session.task.model, session.optimizer.optimizer, None)[0]
+    weights = session.accelerator.get_state_dict(session.losses) or {}
+    return {k.removeprefix("model."): v for k, v in weights.items()}
+
+# %% ../nbs/00c_training.ipynb #112c975d
+def _after_step(session, done, bar, stop, log_every, sample_every):
+    "What is due when `done` steps are: a row of the log, a checkpoint, samples."
+    last = done == session.stage.steps
+    if (done % log_every == 0 or last) and session.log.running:
+        bar.set_postfix(loss=f"{session.row(done):.4f}")
+    if done % session.run.save_every == 0 or stop or last: session.save(done)
+    if sample_every and done % sample_every == 0: session.look(done)
+
+def _run_steps(session, bar, flag, log_every, sample_every):
+    "All steps that are left, or as many as there are before a signal."
+    for step in bar:
+        session.step(step)
+        stop = _all_agree(session.accelerator, flag["stop"])
+        _after_step(session, step + 1, bar, stop, log_every, sample_every)
+        if stop: _interrupt(session, step + 1)
+
+def _interrupt(session, done):
+    "Leave together, after saving."
+    session.accelerator.wait_for_everyone()
+    what = f"{session.name}: stopped after step {done}"
+    if session.out: what += "; the checkpoint is saved, go on with --resume"
+    raise Interrupted(what)
 
 # %% ../nbs/00c_training.ipynb #7aadf43e
 def fit(
@@ -567,42 +1052,51 @@ def fit(
     "Train a task. The model ends with its averaged weights, if the stage asks for averaging."
     s = Session(task, stage, out, seed, resume, device, name, run)
     flag, undo = _catch_signals()
-    bar = tqdm(range(s.begun, stage.steps), initial=s.begun, total=stage.steps, desc=name, disable=not (progress and s.main), mininterval=1.0)
-    try:
-        for step in bar:
-            s.step(step); done, last = step + 1, step + 1 == stage.steps
-            stop = _all_agree(s.accelerator, flag["stop"])
-            if (done % log_every == 0 or last) and s.log.running: bar.set_postfix(loss=f"{s.row(done):.4f}")
-            if done % run.save_every == 0 or stop or last: s.save(done)
-            if sample_every and done % sample_every == 0: s.look(done)
-            if stop: s.accelerator.wait_for_everyone(); raise Interrupted(f"{name}: stopped after step {done}" + ("; the checkpoint is saved, go on with --resume" if out else ""))
-    finally: undo(); bar.close(); s.batches.close()
+    bar = tqdm(range(s.begun, stage.steps), initial=s.begun, total=stage.steps, desc=name,
+               disable=not (progress and s.main), mininterval=1.0)
+    try: _run_steps(s, bar, flag, log_every, sample_every)
+    finally:
+        undo()
+        bar.close()
+        s.batches.close()
     return s.finish()
 
 # %% ../nbs/00c_training.ipynb #3860824a
 def accelerate_config(name: str): # "ddp", "fsdp2" or "zero3"
     "Path of a configuration that ships with the package, for `accelerate launch --config_file`."
     path = package_dir("accelerate_configs") / f"{name}.yaml"
-    if not path.exists(): raise UserError(f"no configuration named {name!r}: choose one of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+    if not path.exists():
+        there = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise UserError(f"no configuration named {name!r}: choose one of {', '.join(there)}")
     return path
 
 # %% ../nbs/00c_training.ipynb #aa97b741
+# ours: a size large enough to fill the device, products enough to hide the launch
+_PRODUCTS = dict(cuda=(8192, 10), mps=(2048, 10))
+
 def matmul_ceiling(device="cpu", n: int = None, rounds: int = 7): # FLOP/s
     "Speed of an n x n matrix product: median of several rounds, bf16 where the device has it."
-    n_best, many = dict(cuda=(8192, 10), mps=(2048, 10)).get(torch.device(device).type, (1536, 1))  # ours: large enough to fill the device, many enough to hide the launch
-    n, times = n or n_best, []
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
+    n_best, many = _PRODUCTS.get(torch.device(device).type, (1536, 1))
+    n = n or n_best
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    times = []
     for _ in range(rounds + 2):
         t = time.perf_counter()
         for _ in range(many): b = a @ a
-        b[0, 0].item(); times.append((time.perf_counter() - t) / many)  # reading a number waits for the products before it
+        b[0, 0].item()  # reading a number waits for the products before it
+        times.append((time.perf_counter() - t) / many)
     return 2 * n**3 / float(np.median(times[2:]))
 
-def step_flops(task: Task, stage: StagePreset, steps: int = 6): # FLOP of a step, forward and backward
+# %% ../nbs/00c_training.ipynb #596042a7
+def step_flops(
+    task: Task, stage: StagePreset, steps: int = 6
+): # FLOP of a step, forward and backward
     "Multiply-adds (times two) of a training step, counted: the mean of a few."
     accelerator = make_accelerator(next(task.model.parameters()).device.type)
     with FlopCounterMode(display=False) as counter:
-        for k in range(steps): train_step(accelerator, task, Losses(task), np.arange(stage.batch), k)
+        for k in range(steps):
+            train_step(accelerator, task, Losses(task), np.arange(stage.batch), k)
     task.model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / steps
 
@@ -610,15 +1104,23 @@ def speed_report(task, stage, log): # dict: samples/s, FLOP/s, share of the ceil
     "What a finished run made of the machine."
     device = next(task.model.parameters()).device
     rate = float(np.median([r["samples_per_second"] for r in log]))
-    if processes() > 1: return dict(samples_per_second=round(rate, 1), processes=processes())  # counting operations is for one process
+    report = dict(samples_per_second=round(rate, 1))
+    if processes() > 1:  # counting operations is for one process
+        return dict(**report, processes=processes())
     flops = step_flops(task, stage, task.cycle) / stage.batch * rate
-    return dict(samples_per_second=round(rate, 1), gflops=round(flops / 1e9, 1), ceiling_gflops=round((top := matmul_ceiling(device)) / 1e9, 1), share=round(flops / top, 4))
+    top = matmul_ceiling(device)
+    return dict(**report, gflops=round(flops / 1e9, 1), ceiling_gflops=round(top / 1e9, 1),
+                share=round(flops / top, 4))
 
 # %% ../nbs/00c_training.ipynb #59e8fda1
 def read_stage(out, name): # None if the stage has not finished
     "The report of a finished stage."
     path = Path(out) / name / "stage.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+def _gate(value, wanted):
+    "A gate as it stands in the report."
+    return dict(value=round(float(value), 4), wanted=wanted, passed=bool(value >= wanted))
 
 def finish_stage(
     out, name,
@@ -627,21 +1129,28 @@ def finish_stage(
     **report             # Anything else worth keeping: seconds, speed
 ):
     "Write a stage's report, print its gates, drop its checkpoints."
-    out = Path(out) / name; out.mkdir(parents=True, exist_ok=True)
-    gates = {k: dict(value=round(float(v), 4), wanted=w, passed=bool(v >= w)) for k, (v, w) in gates.items()}
-    for k, g in gates.items(): print(f"{name}: {k} {g['value']:.3f} (wanted {g['wanted']}) {'ok' if g['passed'] else 'MISSED'}", flush=True)
+    out = Path(out) / name
+    out.mkdir(parents=True, exist_ok=True)
+    gates = {k: _gate(value, wanted) for k, (value, wanted) in gates.items()}
+    for k, g in gates.items():
+        verdict = "ok" if g["passed"] else "MISSED"
+        print(f"{name}: {k} {g['value']:.3f} (wanted {g['wanted']}) {verdict}", flush=True)
     save_json(dict(stage=name, settings=asdict(stage), gates=gates, **report), out / "stage.json")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
+# %% ../nbs/00c_training.ipynb #8d9f4b6f
 def stretched(preset: Preset, factor: float): # The same preset with longer stages
     "Multiply the steps of every stage."
-    longer = {k: replace(s, steps=s.steps and max(1, round(s.steps * factor))) for k, s in preset.stages.items()}
+    longer = {}
+    for k, s in preset.stages.items():
+        longer[k] = replace(s, steps=s.steps and max(1, round(s.steps * factor)))
     return replace(preset, stages=longer)
 
 def switched_on(preset: Preset, **settings): # say switched_on(nano, compile=True)
     "Turn on settings of how, not what, every stage trains."
     on = {k: v for k, v in settings.items() if v}
-    return replace(preset, stages={k: replace(s, **on) for k, s in preset.stages.items()}) if on else preset
+    if not on: return preset
+    return replace(preset, stages={k: replace(s, **on) for k, s in preset.stages.items()})
 
 # %% ../nbs/00c_training.ipynb #8232c9da
 def plot_log(
@@ -652,9 +1161,14 @@ def plot_log(
 ):
     "Curves of the named terms over the steps."
     ax = ax or plt.subplots(figsize=(6, 2.6))[1]
-    for label, rows in (log if isinstance(log, dict) else {"": log}).items():
-        for t in terms: ax.plot([r["step"] for r in rows if t in r], [r[t] for r in rows if t in r], label=f"{label} {t}".strip())
-    ax.set_xlabel("step"); ax.grid(alpha=.3)
+    logs = log if isinstance(log, dict) else {"": log}
+    for label, rows in logs.items():
+        for t in terms:
+            having = [r for r in rows if t in r]
+            ax.plot([r["step"] for r in having], [r[t] for r in having],
+                    label=f"{label} {t}".strip())
+    ax.set_xlabel("step")
+    ax.grid(alpha=.3)
     if logy: ax.set_yscale("log")
     ax.legend(fontsize=8)
     return ax
@@ -664,36 +1178,75 @@ def windowed(log, term: str, steps: int = 300): # {last step of a window: mean}
     "A term's mean over windows of steps."
     found = {}
     for r in log:
-        if term in r: found.setdefault(-(-r["step"] // steps) * steps, []).append(r[term])
+        if term not in r: continue
+        end = -(-r["step"] // steps) * steps
+        found.setdefault(end, []).append(r[term])
     return {k: float(np.mean(v)) for k, v in found.items()}
 
-def loss_bands(logs, terms, steps: int = 300, margin: float = 0.2): # {term: [[step, low, high], ...]}
+def _band(runs, margin): # [[step, low, high], ...]
+    "From the lowest to the highest run in each window that all have."
+    band = []
+    for s in sorted(set.intersection(*map(set, runs))):
+        values = [r[s] for r in runs]
+        band.append([s, min(values) / (1 + margin), max(values) * (1 + margin)])
+    return band
+
+def loss_bands(
+    logs, terms, steps: int = 300, margin: float = 0.2
+): # {term: [[step, low, high], ...]}
     "Where the terms of several runs' losses lie."
     out = {}
     for t in terms:
-        runs = [windowed(log, t, steps) for log in logs]; shared = sorted(set.intersection(*map(set, runs)))
-        out[t] = [[s, min(r[s] for r in runs) / (1 + margin), max(r[s] for r in runs) * (1 + margin)] for s in shared]
+        out[t] = _band([windowed(log, t, steps) for log in logs], margin)
     return out
 
-def is_normal(log, bands, steps: int = 300): # {term: {"inside", "above", "below": windows, "end": one of these}}
+# %% ../nbs/00c_training.ipynb #f6a45ac2
+def _side(value, low, high):
+    "On which side of a band a value is."
+    if value > high: return "above"
+    return "below" if value < low else "inside"
+
+def is_normal(
+    log, bands, steps: int = 300
+): # {term: {"inside", "above", "below": windows, "end": one of these}}
     "Compare a run with bands, window by window."
     out = {}
     for t, band in bands.items():
         mine = windowed(log, t, steps)
-        where = ["above" if mine[s] > high else "below" if mine[s] < low else "inside" for s, low, high in band if s in mine]
-        if where: out[t] = {**{k: where.count(k) for k in ("inside", "above", "below")}, "end": where[-1]}
+        where = [_side(mine[s], low, high) for s, low, high in band if s in mine]
+        if not where: continue
+        out[t] = {k: where.count(k) for k in ("inside", "above", "below")}
+        out[t]["end"] = where[-1]
     return out
 
-def plot_bands(bands, logs, terms=None, size=(2.6, 2.1), steps: int = 300): # logs: {label: log}
+# %% ../nbs/00c_training.ipynb #b1dd2065
+def _plot_band(ax, term, band, curves): # curves: {label: what `windowed` returns}
+    "One panel: the band of a term, and runs over it."
+    s, low, high = zip(*band)
+    ax.fill_between(s, low, high, alpha=.3, color="gray", lw=0)
+    for label, w in curves.items():
+        if not w: continue
+        ax.plot(list(w), list(w.values()), "o-" if len(w) < 4 else "-", ms=3, label=label)
+    ax.set(title=term, yscale="log", xlabel="step")
+    ax.title.set_fontsize(9)
+    ax.tick_params(labelsize=7)
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+                 minor_formatter=NullFormatter())
+
+# %% ../nbs/00c_training.ipynb #6fb01c35
+def plot_bands(
+    bands,
+    logs, # {label: log}
+    terms=None, size=(2.6, 2.1), steps: int = 300
+):
     "A panel for each term: the band, and runs over it."
     terms = terms or list(bands)
-    cols = min(3, len(terms)); rows = -(-len(terms) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(size[0] * cols, size[1] * rows), squeeze=False, layout="constrained")
+    cols = min(3, len(terms))
+    rows = -(-len(terms) // cols)
+    fig, axes = plt.subplots(rows, cols, figsize=(size[0] * cols, size[1] * rows),
+                             squeeze=False, layout="constrained")
     for ax, t in zip(axes.flat, terms):
-        s, low, high = zip(*bands[t]); ax.fill_between(s, low, high, alpha=.3, color="gray", lw=0)
-        for label, log in logs.items():
-            if w := windowed(log, t, steps): ax.plot(list(w), list(w.values()), "o-" if len(w) < 4 else "-", ms=3, label=label)
-        ax.set(title=t, yscale="log", xlabel="step"); ax.title.set_fontsize(9); ax.tick_params(labelsize=7)
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+        curves = {label: windowed(log, t, steps) for label, log in logs.items()}
+        _plot_band(ax, t, bands[t], curves)
     axes[0][0].legend(fontsize=7)
     return fig

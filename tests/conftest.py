@@ -20,7 +20,8 @@ torch.set_num_threads(THREADS)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available(): return
     for item in items:
-        if item.get_closest_marker("gpu"): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

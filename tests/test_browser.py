@@ -1,7 +1,7 @@
 """Chapter 01 as a student meets it: JupyterLab in a real browser, all cells run, the slider moved.
 
-The test starts its own server on a free loopback port and drives a Chromium that is installed on the
-machine (the environment variable PUMA_NB_CHROMIUM names another one); it downloads no browser.
+The test starts its own server on a free loopback port and drives a Chromium that is installed on
+the machine (the environment variable PUMA_NB_CHROMIUM names another one); it downloads no browser.
 """
 import json
 import os
@@ -35,18 +35,23 @@ CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic
 NOTEBOOK_STATE = """() => {
   const panel = window.jupyterapp?.shell.currentWidget;
   if (!panel?.content?.widgets || !panel.sessionContext?.isReady) return null;
-  const cells = panel.content.widgets.filter(c => c.model.type === 'code' && c.model.sharedModel.getSource().trim());
+  const source = c => c.model.sharedModel.getSource();
+  const waits = c => c.model.executionCount === null || c.model.executionState === 'running';
+  const errors = c => c.model.outputs.toJSON().filter(o => o.output_type === 'error');
+  const cells = panel.content.widgets.filter(c => c.model.type === 'code' && source(c).trim());
   return {
     kernel: panel.sessionContext.session?.kernel?.status ?? 'none',
     cells: cells.length,
-    waiting: cells.filter(c => c.model.executionCount === null || c.model.executionState === 'running').length,
-    errors: cells.flatMap(c => c.model.outputs.toJSON().filter(o => o.output_type === 'error')
-                 .map(o => c.model.sharedModel.getSource().split('\\n')[0] + ': ' + o.ename + ': ' + o.evalue)),
+    waiting: cells.filter(waits).length,
+    errors: cells.flatMap(c => errors(c).map(
+      o => source(c).split('\\n')[0] + ': ' + o.ename + ': ' + o.evalue)),
   };
 }"""
 
 # The pixels of every picture in the slider's cell, as one string.
-PIXELS = """cell => [...cell.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas')].map(e => {
+PIXELS = """cell => [
+  ...cell.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas')
+].map(e => {
   if (e.tagName === 'IMG' && !(e.complete && e.naturalWidth)) return 'loading';
   const canvas = document.createElement('canvas');
   canvas.width = e.naturalWidth || e.width; canvas.height = e.naturalHeight || e.height;
@@ -57,13 +62,15 @@ PIXELS = """cell => [...cell.querySelectorAll('.jp-OutputArea img, .jp-OutputAre
 
 def missing(reason):
     "Without the browser this test means nothing: skip it on a developer's machine, fail in CI"
-    if os.environ.get("CI"): pytest.fail(f"{reason}, and CI is set: this test must run there", pytrace=False)
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI is set: this test must run there", pytrace=False)
     pytest.skip(reason)
 
 
 def find_chromium():
     named = os.environ.get("PUMA_NB_CHROMIUM")
-    found = named if named and Path(named).exists() else next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if named and Path(named).exists(): return named
+    found = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     return found or missing("no Chromium on this machine (Debian: apt-get install chromium)")
 
 
@@ -75,7 +82,8 @@ def free_port():
 
 def request(url, token, method="GET"):
     req = urllib.request.Request(url, method=method, headers={"Authorization": f"token {token}"})
-    with urllib.request.urlopen(req, timeout=10) as reply: return json.loads(reply.read() or b"null")
+    with urllib.request.urlopen(req, timeout=10) as reply:
+        return json.loads(reply.read() or b"null")
 
 
 def wait_until(what, done, seconds):
@@ -100,50 +108,75 @@ def end_process(server, url, token):
 
 @contextmanager
 def jupyterlab(folder, home):
-    "A JupyterLab server on `folder` with nothing of the user's own settings; yields its address and token"
+    "A JupyterLab server on `folder` with none of the user's own settings; yields address and token"
     settings = home / "settings" / "@jupyterlab"
     for path, value in {
-        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
-        "notebook-extension/tracker": {"windowingMode": "none"},  # keep cells that are scrolled away in the page
+        "apputils-extension/notification": {
+            "fetchNews": "false",
+            "checkForUpdates": False,
+            "doNotDisturbMode": True,
+        },
+        # keep cells that are scrolled away in the page
+        "notebook-extension/tracker": {"windowingMode": "none"},
     }.items():
         file = settings / f"{path}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
-    env = {**os.environ, "HOME": str(home), "IN_TEST": "1", "JUPYTER_CONFIG_DIR": str(home / "config"),
-           "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"),
-           "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "IN_TEST": "1",
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    }
     env.pop("JUPYTER_PATH", None)
     token, port = secrets.token_hex(16), free_port()
     url, log = f"http://127.0.0.1:{port}", home / "server.log"
     with open(log, "wb") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
-             "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
-             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-            env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            [
+                sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+                "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+                f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
+                "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            ],
+            env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         def answers():
-            if server.poll() is not None: pytest.fail(f"JupyterLab ended at once:\n{log.read_text()[-3000:]}", pytrace=False)
+            if server.poll() is not None:
+                pytest.fail(f"JupyterLab ended at once:\n{log.read_text()[-3000:]}", pytrace=False)
             try: return request(f"{url}/api/status", token)
             except (OSError, urllib.error.URLError): return None
         wait_until("JupyterLab answers", answers, 60)
         yield url, token
-    finally: end_process(server, url, token)
+    finally:
+        end_process(server, url, token)
 
 
 def copy_runnable(notebook, target):
     "A copy without outputs and without the cells that nbdev_test skips"
     nb, flags = read(notebook), settings()["tst_flags"].split()
-    nb["cells"] = [c for c in nb["cells"] if c["cell_type"] != "code" or not is_skipped(c["source"], flags)]
+    nb["cells"] = [
+        c for c in nb["cells"] if c["cell_type"] != "code" or not is_skipped(c["source"], flags)
+    ]
     for cell in nb["cells"]:
-        if cell["cell_type"] == "code": cell.update(outputs=[], execution_count=None)
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
     target.write_text(json.dumps(nb), encoding="utf-8")
 
 
 def run_all_cells(page):
     "Run > Run All Cells, then wait until every cell has run and the kernel is idle"
-    state = wait_until("the notebook opens with a kernel", lambda: page.evaluate(NOTEBOOK_STATE), 90)
+    state = wait_until(
+        "the notebook opens with a kernel", lambda: page.evaluate(NOTEBOOK_STATE), 90
+    )
     assert state["cells"] > 0, "the notebook has no code cells"
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
@@ -179,7 +212,8 @@ def move_slider(page, cell):
 def test_slider_changes_picture(tmp_path):
     chromium = find_chromium()
     try: from playwright.sync_api import sync_playwright
-    except ImportError: missing("playwright is not installed (pip install -e '.[dev]')")
+    except ImportError:
+        missing("playwright is not installed (pip install -e '.[dev]')")
     folder, home = tmp_path / "work", tmp_path / "home"
     folder.mkdir(), home.mkdir()
     copy_runnable(NOTEBOOK, folder / NOTEBOOK.name)
@@ -195,12 +229,14 @@ def test_slider_changes_picture(tmp_path):
             page.goto(f"{url}/lab/tree/{NOTEBOOK.name}?token={token}")
             try:
                 run_all_cells(page)
-                cell = page.locator(".jp-CodeCell", has=page.locator(".widget-slider")).filter(has_text=SLIDER_CALL).first
+                cells = page.locator(".jp-CodeCell", has=page.locator(".widget-slider"))
+                cell = cells.filter(has_text=SLIDER_CALL).first
                 wait_until(f"a slider below the cell with {SLIDER_CALL}...)", cell.count, 20)
                 cell.scroll_into_view_if_needed()
                 first = pixels(cell)
                 before, after = move_slider(page, cell)
                 assert before != after, f"the slider stays at {before}"
-                wait_until(f"the picture changes from scale {before:g} to {after:g}", lambda: pixels(cell) != first, 30)
+                changes = f"the picture changes from scale {before:g} to {after:g}"
+                wait_until(changes, lambda: pixels(cell) != first, 30)
             finally: page.screenshot(path=tmp_path / "slider.png")
         finally: browser.close()

@@ -1,7 +1,9 @@
-"""Killed again and again, in the middle of saves too, a run ends in the weights of one that was left alone.
+"""Killed again and again, in saves too, a run ends in the weights of one that was left alone.
 
-A server holds the imports and forks, so that a run starts in no time and dozens of kills fit into a few minutes.
-By hand, over a longer run: python tests/test_faults.py --preset nano --stage pretrain --stretch 0.1 --kills 1 --model DIR
+A server holds the imports and forks, so that a run starts in no time and dozens of kills fit into a
+few minutes. By hand, over a longer run:
+
+    python tests/test_faults.py --preset nano --stage pretrain --stretch 0.1 --kills 1 --model DIR
 """
 import argparse, multiprocessing, os, random, shutil, signal, time
 from pathlib import Path
@@ -9,13 +11,16 @@ import pytest
 from puma_nb.training import read_log
 
 KILLS = 50
-SPEED = {"samples_per_second", "tokens_per_second", "data_share", "memory_gb", "mfu", "seconds"}  # what a clock says
+# what a clock says
+SPEED = {"samples_per_second", "tokens_per_second", "data_share", "memory_gb", "mfu", "seconds"}
 
 
 def work(argv, said, threads):
     "A run in a process of its own; what it says goes to a file."
     import torch
-    text = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND); os.dup2(text, 1); os.dup2(text, 2)
+    text = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(text, 1)
+    os.dup2(text, 2)
     torch.set_num_threads(threads)
     from puma_nb.cli import main
     os._exit(main(list(map(str, argv))))
@@ -23,20 +28,27 @@ def work(argv, said, threads):
 
 def start(argv, threads=2):
     "Begin a run; the file beside its folder is for what it says."
-    server = multiprocessing.get_context("forkserver"); server.set_forkserver_preload(["puma_nb.cli"])
-    process = server.Process(target=work, args=(argv, str(Path(argv[argv.index("--out") + 1]).with_suffix(".said")), threads)); process.start()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["puma_nb.cli"])
+    process = server.Process(
+        target=work,
+        args=(argv, str(Path(argv[argv.index("--out") + 1]).with_suffix(".said")), threads),
+    )
+    process.start()
     return process
 
 
 def ends(process, patience=1800):
     "Wait for a run that nobody kills."
-    process.join(patience); assert process.exitcode == 0, "see the .said file beside the folder"
+    process.join(patience)
+    assert process.exitcode == 0, "see the .said file beside the folder"
 
 
 def unfinished(folder):
     "What is being written: files and folders under temporary names."
     try: return {str(p) for p in Path(folder).rglob("*.tmp")}
-    except FileNotFoundError: return set()  # a folder was renamed while we looked
+    except FileNotFoundError:
+        return set()  # a folder was renamed while we looked
 
 
 def held(process, folder, before):
@@ -44,7 +56,8 @@ def held(process, folder, before):
     if not unfinished(folder) - before: return False
     os.kill(process.pid, signal.SIGSTOP)
     if unfinished(folder) - before: return True
-    os.kill(process.pid, signal.SIGCONT); return False
+    os.kill(process.pid, signal.SIGCONT)
+    return False
 
 
 def kill_often(argv, folder, kills, longest, threads=2, seed=0):
@@ -52,56 +65,102 @@ def kill_often(argv, folder, kills, longest, threads=2, seed=0):
     rng, struck, in_save = random.Random(seed), 0, 0
     while struck < kills:
         before, at_save, wait = unfinished(folder), struck % 2 == 1, rng.uniform(.05, longest)
-        process = start([*argv, "--resume"], threads); deadline = time.time() + wait
+        process = start([*argv, "--resume"], threads)
+        deadline = time.time() + wait
         while process.is_alive() and time.time() < deadline: time.sleep(.002)
-        while at_save and process.is_alive() and time.time() < deadline + 3 and not held(process, folder, before): pass  # the next save, as soon as it begins
+        while (
+            at_save
+            and process.is_alive()
+            and time.time() < deadline + 3
+            and not held(process, folder, before)
+        ):
+            pass  # the next save, as soon as it begins
         if not process.is_alive():  # it came to its end: the rest is for the caller
-            ends(process); return struck, in_save
-        os.kill(process.pid, signal.SIGKILL); process.join()
-        struck += 1; in_save += bool(unfinished(folder) - before)  # what this kill left behind
+            ends(process)
+            return struck, in_save
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        struck += 1
+        in_save += bool(unfinished(folder) - before)  # what this kill left behind
         for left in unfinished(folder):
-            if Path(left).is_dir() and rng.random() < .5: shutil.rmtree(left)  # half of it stays
+            if Path(left).is_dir() and rng.random() < .5:
+                shutil.rmtree(left)  # half of it stays
     ends(start([*argv, "--resume"], threads))
     return struck, in_save
 
 
+def without_speed(log):
+    "The log's rows without what a clock says."
+    return [{k: v for k, v in r.items() if k not in SPEED} for r in read_log(log)]
+
+
 def same(a, b):
-    "Both folders hold the same weights, bit for bit, and the same logs apart from what a clock says."
+    "Both folders hold the same weights, bit for bit, and the same logs but for what a clock says."
     names = [sorted(str(p.relative_to(x)) for p in Path(x).rglob("*.safetensors")) for x in (a, b)]
     assert names[0] == names[1] and names[0]
-    for n in names[0]: assert (Path(a) / n).read_bytes() == (Path(b) / n).read_bytes(), n
+    for n in names[0]:
+        assert (Path(a) / n).read_bytes() == (Path(b) / n).read_bytes(), n
     for log in Path(a).rglob("log.jsonl"):
-        mine, other = ([{k: v for k, v in r.items() if k not in SPEED} for r in read_log(f)] for f in (log, Path(b) / log.relative_to(a)))
-        assert mine == other, log
+        assert without_speed(log) == without_speed(Path(b) / log.relative_to(a)), log
     return len(names[0])
 
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(tmp_path):
-    "Every stage of pico, killed at random moments; every second kill strikes while something is being written."
-    argv = ("train", "--preset", "pico", "--stretch", 8, "--save-every", 3, "--quiet", "--device", "cpu", "--out")
-    begun = time.time(); ends(start([*argv, tmp_path / "straight"]))
+    "Every stage of pico, killed at random moments; every second kill strikes during a save."
+    argv = (
+        "train", "--preset", "pico", "--stretch", 8, "--save-every", 3, "--quiet", "--device",
+        "cpu", "--out",
+    )
+    begun = time.time()
+    ends(start([*argv, tmp_path / "straight"]))
     took, struck, in_save, k = time.time() - begun, 0, 0, 0
     while struck < KILLS or in_save < 5 and k < 20:
-        out = tmp_path / f"killed{k}"; k += 1; out.mkdir()
+        out = tmp_path / f"killed{k}"
+        k += 1
+        out.mkdir()
         n, s = kill_often([*argv, out], out, max(6, KILLS - struck), took / 4, seed=k)
-        struck += n; in_save += s
+        struck += n
+        in_save += s
         same(tmp_path / "straight", out)
     print(f"{struck} kills, {in_save} of them in a save, {k} runs")
     assert struck >= KILLS and in_save >= 5
 
 
 def main():
-    p = argparse.ArgumentParser(description="Kill a run, resume it, compare with one that was left alone.")
-    for name, default in (("preset", "nano"), ("stage", "pretrain"), ("stretch", 0.1), ("kills", 1), ("model", None), ("longest", 60.), ("work", "kills")): p.add_argument(f"--{name}", default=default, type=type(default) if default is not None else str)
-    a = p.parse_args(); home = Path(a.work)
+    p = argparse.ArgumentParser(
+        description="Kill a run, resume it, compare with one that was left alone."
+    )
+    for name, default in (
+        ("preset", "nano"),
+        ("stage", "pretrain"),
+        ("stretch", 0.1),
+        ("kills", 1),
+        ("model", None),
+        ("longest", 60.0),
+        ("work", "kills"),
+    ):
+        kind = type(default) if default is not None else str
+        p.add_argument(f"--{name}", default=default, type=kind)
+    a = p.parse_args()
+    home = Path(a.work)
     for x in ("straight", "killed"):
         (home / x).mkdir(parents=True)
-        if a.model: shutil.copytree(a.model, home / x, dirs_exist_ok=True, ignore=shutil.ignore_patterns(a.stage))
-    argv = ("train", "--preset", a.preset, "--stage", a.stage, "--stretch", a.stretch, "--save-every", 50, "--quiet", "--out")
+        if a.model:
+            shutil.copytree(
+                a.model, home / x, dirs_exist_ok=True, ignore=shutil.ignore_patterns(a.stage)
+            )
+    argv = (
+        "train", "--preset", a.preset, "--stage", a.stage, "--stretch", a.stretch, "--save-every",
+        50, "--quiet", "--out",
+    )
     ends(start([*argv, home / "straight"]))
     struck, in_save = kill_often([*argv, home / "killed"], home / "killed", a.kills, a.longest)
-    print(f"{struck} kills, {in_save} in a save; {same(home / 'straight', home / 'killed')} files of weights are the same, and so are the logs")
+    files = same(home / "straight", home / "killed")
+    print(
+        f"{struck} kills, {in_save} in a save; "
+        f"{files} files of weights are the same, and so are the logs"
+    )
 
 
 if __name__ == "__main__": main()

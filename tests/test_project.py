@@ -21,7 +21,8 @@ from project import ROOT, code_cells, notebooks, read, settings, tree_files
 CFG = settings()
 
 
-def requirements(key): return {r.name: r for r in map(Requirement, CFG[key].split())}
+def requirements(key):
+    return {r.name: r for r in map(Requirement, CFG[key].split())}
 
 
 # ---- settings and versions
@@ -30,7 +31,8 @@ def test_settings_of_nbdev():
     assert CFG["tst_flags"].split() == ["notest", "slow", "gpu"]
     assert CFG["update_pyproject"] == "False", "True rewrites every name in pyproject.toml"
     assert "custom_quarto_yml" not in CFG, "False deletes nbs/_quarto.yml"
-    for key in ("jupyter_hooks", "clean_ids", "custom_sidebar"): assert CFG[key] == "True", key
+    for key in ("jupyter_hooks", "clean_ids", "custom_sidebar"):
+        assert CFG[key] == "True", key
 
 
 def test_pins():
@@ -50,7 +52,8 @@ def test_installed_versions_satisfy_settings(key):
 def test_one_version():
     import puma_nb
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert puma_nb.__version__ == CFG["version"] == str(citation["version"]) == importlib.metadata.version("puma-nb")
+    assert puma_nb.__version__ == CFG["version"] == str(citation["version"])
+    assert CFG["version"] == importlib.metadata.version("puma-nb")
 
 
 def test_citation_is_the_paper():
@@ -63,12 +66,17 @@ def test_citation_is_the_paper():
 def test_modules_belong_to_notebooks(): assert check_modules.check()[0] == []
 
 
-def test_notebooks_as_stored_suit_the_site(): assert build_site.check_sources() == []
+def test_notebooks_as_stored_suit_the_site():
+    assert build_site.check_sources() == []
 
 
 def test_readme_in_sync():
     "In a process of its own: nbdev keeps what it has read about the project"
-    done = subprocess.run([sys.executable, ROOT / "tools" / "build_readme.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_readme.py", "--check"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -82,19 +90,39 @@ def test_site_settings_come_from_the_root():
 
 # ---- the wheel
 
-def test_wheel_carries_cards_and_weights(tmp_path): assert build_wheel.check(build_wheel.build(tmp_path)) == []
+def test_wheel_carries_cards_and_weights(tmp_path):
+    assert build_wheel.check(build_wheel.build(tmp_path)) == []
 
 
 # ---- what no file may contain
 
 SHARED_DIRS = "home|Users|root|opt|work|mnt|srv|media|private|workspace|builds"
-MACHINE_PATH = re.compile(rf"(?<![\w./:$}}>~-])(?:/(?:{SHARED_DIRS})/[\w.]|/tmp/\w+/|[A-Z]:\\\\?Users\\)")
-HOSTS = [".".join(parts) for parts in (  # in parts, so that this file does not contain them
-    ("pypi", "org"), ("pythonhosted", "org"), ("registry", "npmjs", "org"), ("registry", "yarnpkg", "com"), ("deb", "debian", "org"),
-    ("security", "debian", "org"), ("archive", "ubuntu", "com"), ("conda", "anaconda", "org"), ("download", "pytorch", "org"),
-    ("proxy", "golang", "org"), ("crates", "io"), ("ghcr", "io"), ("docker", "io"))]
+MACHINE_PATH = re.compile(
+    rf"(?<![\w./:$}}>~-])(?:/(?:{SHARED_DIRS})/[\w.]|/tmp/\w+/|[A-Z]:\\\\?Users\\)"
+)
+HOSTS = [
+    ".".join(parts)
+    for parts in (  # in parts, so that this file does not contain them
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("registry", "npmjs", "org"),
+        ("registry", "yarnpkg", "com"),
+        ("deb", "debian", "org"),
+        ("security", "debian", "org"),
+        ("archive", "ubuntu", "com"),
+        ("conda", "anaconda", "org"),
+        ("download", "pytorch", "org"),
+        ("proxy", "golang", "org"),
+        ("crates", "io"),
+        ("ghcr", "io"),
+        ("docker", "io"),
+    )
+]
 INDEX_OPTION = re.compile("--(?:extra-)?" + "-".join(["index", "url"]))
-TEXT_SUFFIXES = {".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".yaml", ".cff", ".in", ".css", ".json", ".jsonl", ".txt", ".sh", ""}
+TEXT_SUFFIXES = {
+    ".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".yaml", ".cff", ".in", ".css", ".json",
+    ".jsonl", ".txt", ".sh", "",
+}
 
 
 def readable(path):
@@ -104,12 +132,16 @@ def readable(path):
     nb = json.loads(text)
     for cell in nb["cells"]:
         for out in cell.get("outputs", []):
-            for mime in [m for m in out.get("data", {}) if m.startswith("image/") and "svg" not in m]: del out["data"][mime]
-    parts = [cell["source"] for cell in nb["cells"]] + [json.dumps(cell.get("outputs", []), ensure_ascii=False) for cell in nb["cells"]]
+            for mime in list(out.get("data", {})):
+                if mime.startswith("image/") and "svg" not in mime:
+                    del out["data"][mime]
+    parts = [cell["source"] for cell in nb["cells"]]
+    parts += [json.dumps(cell.get("outputs", []), ensure_ascii=False) for cell in nb["cells"]]
     return "\n".join("".join(part) for part in parts)
 
 
-def text_files(): return [p for p in tree_files() if p.suffix in TEXT_SUFFIXES and p.name != "LICENSE"]
+def text_files():
+    return [p for p in tree_files() if p.suffix in TEXT_SUFFIXES and p.name != "LICENSE"]
 
 
 def test_no_machine_paths():
@@ -125,8 +157,16 @@ def test_no_machine_paths():
 
 
 def test_the_path_check_finds_paths():
-    for bad in ("'/" + "home/ann/x'", "File /" + "opt/venv/lib/a.py", "(/" + "root/.cache)", '"C:' + '\\\\Users\\\\ann"'): assert MACHINE_PATH.search(bad), bad
-    for good in ("https://example.org/home/x", "nbs/work/x", "$HOME/work/x", "/usr/bin/chromium", "a/b", "</root>"): assert not MACHINE_PATH.search(good), good
+    for bad in (
+        "'/" + "home/ann/x'", "File /" + "opt/venv/lib/a.py", "(/" + "root/.cache)",
+        '"C:' + '\\\\Users\\\\ann"',
+    ):
+        assert MACHINE_PATH.search(bad), bad
+    for good in (
+        "https://example.org/home/x", "nbs/work/x", "$HOME/work/x", "/usr/bin/chromium", "a/b",
+        "</root>",
+    ):
+        assert not MACHINE_PATH.search(good), good
 
 
 def test_no_registry_hosts():
@@ -135,36 +175,46 @@ def test_no_registry_hosts():
     for path in text_files():
         text = readable(path)
         found += [f"{path.relative_to(ROOT)}: {host}" for host in HOSTS if host in text]
-        if INDEX_OPTION.search(text): found.append(f"{path.relative_to(ROOT)}: an index address")
+        if INDEX_OPTION.search(text):
+            found.append(f"{path.relative_to(ROOT)}: an index address")
     assert found == []
 
 
 def python_sources():
     "(where, source) of every module, script and test, and of every notebook's code"
     for path in tree_files():
-        if path.suffix == ".py": yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
     for nb in notebooks():
-        for i, cell in enumerate(code_cells(read(nb))): yield f"{nb.name} code cell {i}", cell["source"]
+        for i, cell in enumerate(code_cells(read(nb))):
+            yield f"{nb.name} code cell {i}", cell["source"]
 
 
 def unsafe_calls(source):
     "Calls that can execute code from a file of weights"
     try: tree = ast.parse(source)
-    except SyntaxError: tree = ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source))  # a cell with magics
+    except SyntaxError:
+        tree = ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source))  # a cell with magics
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
         name = ast.unparse(call.func)
         keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        if name == "torch.load" and keywords.get("weights_only") != "True": yield "torch.load without weights_only=True"
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            yield "torch.load without weights_only=True"
         if name in ("pickle.load", "pickle.loads", "joblib.load"): yield name
-        if keywords.get("trust_remote_code", "False") != "False": yield "trust_remote_code"
+        if keywords.get("trust_remote_code", "False") != "False":
+            yield "trust_remote_code"
 
 
 def test_weights_are_loaded_safely():
-    assert [f"{where}: {what}" for where, source in python_sources() for what in unsafe_calls(source)] == []
+    found = []
+    for where, source in python_sources():
+        found += [f"{where}: {what}" for what in unsafe_calls(source)]
+    assert found == []
 
 
 def test_the_load_check_finds_calls():
-    assert list(unsafe_calls("torch.load(f)")) and list(unsafe_calls("!ls\ntorch.load(f, weights_only=False)"))
+    assert list(unsafe_calls("torch.load(f)"))
+    assert list(unsafe_calls("!ls\ntorch.load(f, weights_only=False)"))
     assert list(unsafe_calls("AutoModel.from_pretrained(n, trust_remote_code=True)"))
     assert not list(unsafe_calls("torch.load(f, weights_only=True)"))
 
@@ -173,23 +223,40 @@ def test_the_load_check_finds_calls():
 
 def test_executed_notebooks_keep_no_widgets_or_bars():
     outputs = [
-        {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "  0%|"}},
-        {"output_type": "stream", "name": "stderr", "text": "\r  0%|    | 0/3 [00:00<?, ?it/s]\r100%|####| 3/3 [00:00<00:00, 9.9it/s]\n"},
-        {"output_type": "stream", "name": "stderr", "text": "\r100%|####| 3/3 [00:00<00:00, 9.9it/s]\na warning\n"},
-        {"output_type": "stream", "name": "stdout", "text": "50% of it\n"}]
+        {
+            "output_type": "display_data",
+            "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "  0%|"},
+        },
+        {
+            "output_type": "stream",
+            "name": "stderr",
+            "text": "\r  0%|    | 0/3 [00:00<?, ?it/s]\r100%|####| 3/3 [00:00<00:00, 9.9it/s]\n",
+        },
+        {
+            "output_type": "stream",
+            "name": "stderr",
+            "text": "\r100%|####| 3/3 [00:00<00:00, 9.9it/s]\na warning\n",
+        },
+        {"output_type": "stream", "name": "stdout", "text": "50% of it\n"},
+    ]
     kept = list(execute_notebooks.kept_outputs(outputs))
     assert [o["text"] for o in kept] == ["a warning\n", "50% of it\n"]
 
 
 def test_cells_not_executed():
-    assert execute_notebooks.is_skipped("#| eval: false\nx", []) and execute_notebooks.is_skipped("#| gpu\nx", ["gpu"])
-    assert not execute_notebooks.is_skipped("#| slow\nx", ["gpu"]) and not execute_notebooks.is_skipped("x = 'eval: false'", ["gpu"])
+    assert execute_notebooks.is_skipped("#| eval: false\nx", [])
+    assert execute_notebooks.is_skipped("#| gpu\nx", ["gpu"])
+    assert not execute_notebooks.is_skipped("#| slow\nx", ["gpu"])
+    assert not execute_notebooks.is_skipped("x = 'eval: false'", ["gpu"])
 
 
 def test_readme_links_and_callouts():
-    assert build_readme.fix_callouts("::: {.callout-note}\nHello\n:::\nafter") == "> [!NOTE]\n> Hello\nafter"
-    assert build_readme.fix_links("[a](sidebar.yml#x) [b](https://example.org/c)") == "[a](nbs/sidebar.yml#x) [b](https://example.org/c)"
-    with pytest.raises(SystemExit): build_readme.fix_links("[a](no-such-file.ipynb)")
+    note = build_readme.fix_callouts("::: {.callout-note}\nHello\n:::\nafter")
+    assert note == "> [!NOTE]\n> Hello\nafter"
+    links = build_readme.fix_links("[a](sidebar.yml#x) [b](https://example.org/c)")
+    assert links == "[a](nbs/sidebar.yml#x) [b](https://example.org/c)"
+    with pytest.raises(SystemExit):
+        build_readme.fix_links("[a](no-such-file.ipynb)")
 
 
 def test_title_cell_check():
@@ -199,6 +266,9 @@ def test_title_cell_check():
 
 
 def test_import_cell_check():
-    cells = lambda *sources: {"cells": [{"cell_type": "code", "source": s} for s in ("#| exports\ndef f(): pass", *sources)]}
+    def cells(*sources):
+        sources = ("#| exports\ndef f(): pass", *sources)
+        return {"cells": [{"cell_type": "code", "source": s} for s in sources]}
     assert list(build_site.check_imports(cells("import math\nmath.pi")))
-    assert not list(build_site.check_imports(cells("import math", "math.pi", "#| hide\nimport nbdev; nbdev.nbdev_export()")))
+    export = "#| hide\nimport nbdev; nbdev.nbdev_export()"
+    assert not list(build_site.check_imports(cells("import math", "math.pi", export)))

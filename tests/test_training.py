@@ -6,59 +6,92 @@ import torch
 from puma_nb.cli import main
 from puma_nb.training import read_log
 
-EXACT = ("step", "loss", "text", "f0", "f1", "f2", "f3", "f4", "denoise", "square", "grad_norm", "lr")
+EXACT = (
+    "step", "loss", "text", "f0", "f1", "f2", "f3", "f4", "denoise", "square", "grad_norm", "lr",
+)
 
 
-def command(*argv): return [sys.executable, "-m", "puma_nb.cli", *map(str, argv)]
+def command(*argv):
+    return [sys.executable, "-m", "puma_nb.cli", *map(str, argv)]
 
 
-def exact(path): return [{k: r[k] for k in EXACT if k in r} for r in read_log(path)]
+def exact(path):
+    return [{k: r[k] for k in EXACT if k in r} for r in read_log(path)]
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     "A pico system with encoder, autoencoder and decoders."
     out = tmp_path_factory.mktemp("system")
-    for stage in ("encoder", "autoencoder", "decoders"): assert main(["train", "--preset", "pico", "--stage", stage, "--out", str(out), "--quiet"]) == 0
+    for stage in ("encoder", "autoencoder", "decoders"):
+        argv = ["train", "--preset", "pico", "--stage", stage, "--out", str(out), "--quiet"]
+        assert main(argv) == 0
     return out
 
 
 def copy(system, target):
     import shutil
-    shutil.copytree(system, target); return target
+    shutil.copytree(system, target)
+    return target
 
 
 def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
     "A pretraining killed in the middle continues its log exactly as the undisturbed run wrote it."
     straight, killed = copy(system, tmp_path / "straight"), copy(system, tmp_path / "killed")
-    argv = ("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 200, "--quiet", "--out")  # 800 steps, a checkpoint every 400
+    # 800 steps, a checkpoint every 400
+    argv = (
+        "train", "--preset", "pico", "--stage", "pretrain", "--stretch", 200, "--quiet", "--out",
+    )
     subprocess.run(command(*argv, straight), check=True, capture_output=True)
-    process = subprocess.Popen(command(*argv, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*argv, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log, deadline = killed / "pretrain" / "log.jsonl", time.time() + 300
-    while time.time() < deadline and process.poll() is None:  # wait until it is past its first checkpoint, and not at a checkpoint
-        if log.exists() and (rows := log.read_text().splitlines()) and json.loads(rows[-1])["step"] >= 500: break
+    # wait until it is past its first checkpoint, and not at a checkpoint
+    while time.time() < deadline and process.poll() is None:
+        if (
+            log.exists()
+            and (rows := log.read_text().splitlines())
+            and json.loads(rows[-1])["step"] >= 500
+        ):
+            break
         time.sleep(0.02)
     assert process.poll() is None, "it finished before it could be killed"
-    process.send_signal(signal.SIGKILL); process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (killed / "pretrain" / "stage.json").exists()
     subprocess.run(command(*argv, killed, "--resume"), check=True, capture_output=True)
     assert exact(log) == exact(straight / "pretrain" / "log.jsonl")
-    assert (killed / "pretrain" / "model.safetensors").read_bytes() == (straight / "pretrain" / "model.safetensors").read_bytes()
+    one, other = (f / "pretrain" / "model.safetensors" for f in (killed, straight))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_sigterm_saves_and_says_so(system, tmp_path):
     out = copy(system, tmp_path / "run")
-    process = subprocess.Popen(command("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 500, "--quiet", "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    argv = ("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 500, "--quiet")
+    process = subprocess.Popen(
+        command(*argv, "--out", out),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )
     log, deadline = out / "pretrain" / "log.jsonl", time.time() + 300
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3): time.sleep(0.05)
-    process.send_signal(signal.SIGTERM); _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in said.strip().splitlines()[-1] and "Traceback" not in said
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
     assert list((out / "pretrain" / "checkpoints").glob("step_*"))
 
 
 WORKER = """
 import sys, torch
-from puma_nb.core import *; from puma_nb.data import *; from puma_nb.training import *; from puma_nb.pyramid import *; from puma_nb.decoders import *; from puma_nb.mllm import *
+from puma_nb.core import *
+from puma_nb.data import *
+from puma_nb.training import *
+from puma_nb.pyramid import *
+from puma_nb.decoders import *
+from puma_nb.mllm import *
 from transformers import PreTrainedTokenizerFast
 import numpy as np
 torch.set_num_threads(1)
@@ -67,23 +100,41 @@ encoder, stats = load_encoder(root, "cpu"), load_stats(root)
 torch.manual_seed(0)
 if kind == "mllm":
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
-    sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16), caption=world_samples("caption", 16)), tokenizer, encoder, stats)
-    task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store)
+    samples = dict(t2i=world_samples("t2i", 16), caption=world_samples("caption", 16))
+    sets, store = prepare_samples(samples, tokenizer, encoder, stats)
+    model = build_mllm(preset, tokenizer, stats)
+    task = MLLMTask(preset, model, tokenizer, sets, dict(t2i=1, caption=1), store)
 elif kind == "mixed":  # steps in which one process has pictures only and the other words only
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16)), tokenizer, encoder, stats)
-    sets["words"] = [[text(t, True)] for t in ("a red circle", "a cross at the top", "nothing but words", "b")]
-    task = MLLMTask(preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, words=1), store)
+    words = ("a red circle", "a cross at the top", "nothing but words", "b")
+    sets["words"] = [[text(t, True)] for t in words]
+    model = build_mllm(preset, tokenizer, stats)
+    task = MLLMTask(preset, model, tokenizer, sets, dict(t2i=1, words=1), store)
     kinds = [mixture_ids([2 * k, 2 * k + 1], task.shares) for k in range(8)]
-    assert any(len(set(k)) == 2 for k in kinds) and any(set(k) == {"words"} for k in kinds) and any(set(k) == {"t2i"} for k in kinds)
+    assert any(len(set(k)) == 2 for k in kinds)
+    assert any(set(k) == {"words"} for k in kinds)
+    assert any(set(k) == {"t2i"} for k in kinds)
 elif kind == "autoencoder": task = AutoencoderTask(preset)
-else: task = DecoderTask(preset, build_decoder(preset, 2), decoder_data(preset, encoder, load_latents(root, "cpu"), world_images(preset)[0], stats), (2,))
+else:
+    decoder = build_decoder(preset, 2)
+    latents = load_latents(root, "cpu")
+    images = world_images(preset)[0]
+    data = decoder_data(preset, encoder, latents, images, stats)
+    task = DecoderTask(preset, decoder, data, (2,))
 accelerator = make_accelerator("cpu", bf16=False)
 wrapped = accelerator.prepare(Losses(task))
 size = 2 if kind == "mixed" else 12
-for step in range(48 // max(size, 6)): log = train_step(accelerator, task, wrapped, np.arange(size * step, size * step + size), step)  # long and short pyramids; gradients add up
+for step in range(48 // max(size, 6)):
+    # long and short pyramids; gradients add up
+    log = train_step(accelerator, task, wrapped, np.arange(size * step, size * step + size), step)
 if accelerator.is_main_process:
-    torch.save(dict(processes=accelerator.num_processes, kind=str(accelerator.distributed_type), loss=float(log["loss"]), grads={n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}), out)
+    found = dict(
+        processes=accelerator.num_processes, kind=str(accelerator.distributed_type),
+        loss=float(log["loss"]),
+        grads={n: p.grad for n, p in task.model.named_parameters() if p.grad is not None},
+    )
+    torch.save(found, out)
 end_processes()
 """
 
@@ -95,35 +146,67 @@ def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
     script.write_text(WORKER)
     for n in (1, 2):
         target = tmp_path / f"{n}.pt"
-        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([*launch, str(script), kind, str(system), str(target)], capture_output=True, text=True, timeout=300)
+        launch = [sys.executable]
+        if n == 2:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*launch, str(script), kind, str(system), str(target)],
+            capture_output=True, text=True, timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         results[n] = torch.load(target, weights_only=True)
     assert results[2]["processes"] == 2 and "MULTI_CPU" in results[2]["kind"]
     assert results[1]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
     assert results[1]["grads"].keys() == results[2]["grads"].keys()
-    whole, parts = (torch.cat([g.flatten() for _, g in sorted(results[n]["grads"].items())]) for n in (1, 2))
+    flat = lambda grads: torch.cat([g.flatten() for _, g in sorted(grads.items())])
+    whole, parts = flat(results[1]["grads"]), flat(results[2]["grads"])
     assert (whole - parts).norm() <= 1e-5 * whole.norm()
 
 
 def test_every_stage_trains_in_two_processes(tmp_path):
     "`torchrun -m puma_nb.cli train`: all stages end, one process saves, and the system decodes."
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "puma_nb.cli", "train", "--preset", "pico", "--out", str(tmp_path / "two"), "--quiet", "--device", "cpu", "--checkpointing"],
-                          capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "-m", "puma_nb.cli", "train", "--preset", "pico", "--out", str(tmp_path / "two"),
+            "--quiet", "--device", "cpu", "--checkpointing",
+        ],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("system: ") == 1  # one process speaks
-    reports = {s: json.loads((tmp_path / "two" / s / "stage.json").read_text()) for s in ("encoder", "autoencoder", "decoders", "pretrain", "instruct")}
+    reports = {
+        s: json.loads((tmp_path / "two" / s / "stage.json").read_text())
+        for s in ("encoder", "autoencoder", "decoders", "pretrain", "instruct")
+    }
     assert reports["pretrain"]["speed"]["processes"] == 2
-    assert main(["demo", "--model", str(tmp_path / "two"), "--out", str(tmp_path)]) == 0 and (tmp_path / "demo.png").exists()
+    assert main(["demo", "--model", str(tmp_path / "two"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "demo.png").exists()
 
 
-@pytest.mark.parametrize("argv", [
-    ("generate", "   "), ("generate", "a cross", "--scale", "f7"), ("reconstruct", "missing.png"), ("reconstruct", "broken.png"), ("ask", "broken.png", "what?"),
-    ("edit", "missing.png", "make it red"), ("train", "--preset", "huge"), ("train", "--preset", "paper"), ("train", "--preset", "base"), ("plan", "--gpus", "0"), ("train", "--stage", "nothing"), ("eval", "--table", "9"), ("nonsense",),
-    ("demo", "--out", "file/inside")])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "   "),
+        ("generate", "a cross", "--scale", "f7"),
+        ("reconstruct", "missing.png"),
+        ("reconstruct", "broken.png"),
+        ("ask", "broken.png", "what?"),
+        ("edit", "missing.png", "make it red"),
+        ("train", "--preset", "huge"),
+        ("train", "--preset", "paper"),
+        ("train", "--preset", "base"),
+        ("plan", "--gpus", "0"),
+        ("train", "--stage", "nothing"),
+        ("eval", "--table", "9"),
+        ("nonsense",),
+        ("demo", "--out", "file/inside"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken"); Path("file").write_text("not a folder")
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    Path("file").write_text("not a folder")
     assert main(list(argv)) == 2
     said = capsys.readouterr().err.strip()
     assert said and len(said.splitlines()) == 1 and "Traceback" not in said

@@ -24,8 +24,14 @@ def build(out):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         # No build isolation: setuptools is among the dev requirements, so no network is needed.
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                        "--wheel-dir", str(out), str(copy)], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
+                "--no-build-isolation", "--wheel-dir", str(out), str(copy),
+            ],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
     return max(out.glob("puma_nb-*.whl"), key=lambda p: p.stat().st_mtime)
 
 
@@ -34,21 +40,27 @@ def expected():
     names = set()
     for path in tree_files():
         rel = path.relative_to(ROOT)
-        if rel.parts[0] == "puma_nb" and rel.suffix == ".py": names.add(rel.as_posix())
-        if rel.parts[:2] in (("puma_nb", "weights"), ("puma_nb", "accelerate_configs")): names.add(rel.as_posix())
-        if rel.parts[0] == "data_cards" and rel.suffix == ".md": names.add("puma_nb/" + rel.as_posix())
+        if rel.parts[0] == "puma_nb" and rel.suffix == ".py":
+            names.add(rel.as_posix())
+        if rel.parts[:2] in (("puma_nb", "weights"), ("puma_nb", "accelerate_configs")):
+            names.add(rel.as_posix())
+        if rel.parts[0] == "data_cards" and rel.suffix == ".md":
+            names.add("puma_nb/" + rel.as_posix())
     return names
 
 
 def check(wheel):
     "What is wrong with the wheel's contents"
-    with zipfile.ZipFile(wheel) as z: found = {name for name in z.namelist() if not name.endswith("/")}
+    with zipfile.ZipFile(wheel) as z:
+        found = {name for name in z.namelist() if not name.endswith("/")}
     want = expected()
     problems = [f"{name} is missing" for name in sorted(want - found)]
     extra = {name for name in found - want if ".dist-info/" not in name}
     problems += [f"{name} should not be there" for name in sorted(extra)]
-    if not any(name.endswith(".safetensors") for name in found): problems.append("there are no weights")
-    if not any(name.startswith("puma_nb/data_cards/") for name in found): problems.append("there are no data cards")
+    if not any(name.endswith(".safetensors") for name in found):
+        problems.append("there are no weights")
+    if not any(name.startswith("puma_nb/data_cards/") for name in found):
+        problems.append("there are no data cards")
     return problems
 
 

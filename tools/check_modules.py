@@ -17,18 +17,24 @@ def module_owners():
     owners = {}
     for nb in notebooks():
         name = default_exp(nb)
-        if name: owners.setdefault(name.replace(".", "/") + ".py", []).append(nb)
+        if name:
+            owners.setdefault(name.replace(".", "/") + ".py", []).append(nb)
     return owners
 
 
 def check_pairs(owners):
     problems = []
     for module, nbs in owners.items():
-        if len(nbs) > 1: problems.append(f"{' and '.join(nb.name for nb in nbs)} all export to {module}")
-        if not (LIB / module).exists(): problems.append(f"{nbs[0].name} exports to {module}, which does not exist: run nbdev_export")
+        if len(nbs) > 1:
+            problems.append(f"{' and '.join(nb.name for nb in nbs)} all export to {module}")
+        if not (LIB / module).exists():
+            problems.append(
+                f"{nbs[0].name} exports to {module}, which does not exist: run nbdev_export"
+            )
     for path in sorted(LIB.rglob("*.py")):
         module = path.relative_to(LIB).as_posix()
-        if path.name not in GENERATED and module not in owners: problems.append(f"puma_nb/{module} belongs to no notebook: delete it")
+        if path.name not in GENERATED and module not in owners:
+            problems.append(f"puma_nb/{module} belongs to no notebook: delete it")
     return problems
 
 
@@ -37,22 +43,32 @@ def imported_modules(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             name = node.module or ""
-            if node.level: yield from [name] if name else [alias.name for alias in node.names]
-            elif name == "puma_nb": yield from (alias.name for alias in node.names)
-            elif name.startswith("puma_nb."): yield name.removeprefix("puma_nb.")
+            if node.level:
+                yield from [name] if name else [alias.name for alias in node.names]
+            elif name == "puma_nb":
+                yield from (alias.name for alias in node.names)
+            elif name.startswith("puma_nb."):
+                yield name.removeprefix("puma_nb.")
         elif isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("puma_nb.") for a in node.names if a.name.startswith("puma_nb."))
+            yield from (
+                a.name.removeprefix("puma_nb.") for a in node.names if a.name.startswith("puma_nb.")
+            )
 
 
 def check_order(owners):
     "A module imports only from modules whose notebooks come before its own"
-    problems, order = [], {module: i for i, module in enumerate(sorted(owners, key=lambda m: owners[m][0].name))}
+    problems = []
+    ordered = sorted(owners, key=lambda m: owners[m][0].name)
+    order = {module: i for i, module in enumerate(ordered)}
     for module in order:
         if not (LIB / module).exists(): continue
         for name in sorted(set(imported_modules(LIB / module))):
             other = name.replace(".", "/") + ".py"
             if other in order and order[other] >= order[module]:
-                problems.append(f"puma_nb/{module} imports puma_nb.{name}, whose notebook does not come before {owners[module][0].name}")
+                problems.append(
+                    f"puma_nb/{module} imports puma_nb.{name}, "
+                    f"whose notebook does not come before {owners[module][0].name}"
+                )
     return problems
 
 
@@ -62,7 +78,8 @@ def sidebar_entries(contents):
         if isinstance(entry, str): yield entry
         else:
             if entry.get("href"): yield entry["href"]
-            if entry.get("contents"): yield from sidebar_entries(entry["contents"])
+            if entry.get("contents"):
+                yield from sidebar_entries(entry["contents"])
 
 
 def check_sidebar():
@@ -71,8 +88,10 @@ def check_sidebar():
     present = {nb.relative_to(NBS).as_posix() for nb in notebooks()}
     for entry in sidebar_entries(sidebar["website"]["sidebar"]["contents"]):
         found = {p.relative_to(NBS).as_posix() for p in NBS.glob(entry)} & present
-        if not found: problems.append(f"nbs/sidebar.yml lists {entry}, but there is no such notebook")
-        for name in sorted(found & listed): problems.append(f"nbs/sidebar.yml lists {name} twice")
+        if not found:
+            problems.append(f"nbs/sidebar.yml lists {entry}, but there is no such notebook")
+        for name in sorted(found & listed):
+            problems.append(f"nbs/sidebar.yml lists {name} twice")
         listed |= found
     return problems + [f"nbs/{name} is not in nbs/sidebar.yml" for name in sorted(present - listed)]
 

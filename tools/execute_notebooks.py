@@ -1,4 +1,4 @@
-"""Execute notebooks top to bottom, each from a clean kernel in its own folder, and store the outputs.
+"""Execute notebooks top to bottom, each from a clean kernel in its own folder; store the outputs.
 
     python tools/execute_notebooks.py 01_pyramid 02_decoders
     python tools/execute_notebooks.py --all
@@ -28,14 +28,18 @@ def find(name):
     found = [nb for nb in notebooks() if name in (nb.stem, nb.name, nb.relative_to(NBS).as_posix(),
              nb.relative_to(NBS).with_suffix("").as_posix(), nb.relative_to(ROOT).as_posix())]
     exact = [nb for nb in found if nb.parent == NBS]
-    if len(exact or found) != 1: sys.exit(f"no single notebook is called {name}: there are {', '.join(nb.stem for nb in notebooks())}")
+    if len(exact or found) != 1:
+        known = ", ".join(nb.stem for nb in notebooks())
+        sys.exit(f"no single notebook is called {name}: there are {known}")
     return (exact or found)[0]
 
 
 def is_skipped(source, flags):
     "Is a cell with this source left as it is?"
     if _eval_false.search(source): return True
-    return any(re.search(rf"^\s*#\|\s*{re.escape(flag)}\s*$", source, re.MULTILINE) for flag in flags)
+    return any(
+        re.search(rf"^\s*#\|\s*{re.escape(flag)}\s*$", source, re.MULTILINE) for flag in flags
+    )
 
 
 def without_bars(text):
@@ -62,16 +66,22 @@ def execute(path, flags, timeout):
     nb = nbformat.read(path, as_version=4)
     skipped = [c for c in nb.cells if c.cell_type == "code" and is_skipped(c.source, flags)]
     for cell in skipped: cell.metadata["tags"] = [SKIP_TAG]
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # pictures go into the notebook, whatever the shell says
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                            skip_cells_with_tag=SKIP_TAG, store_widget_state=False, coalesce_streams=True, record_timing=False)
+    # pictures go into the notebook, whatever the shell says
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    client = NotebookClient(
+        nb, timeout=timeout, kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        skip_cells_with_tag=SKIP_TAG, store_widget_state=False, coalesce_streams=True,
+        record_timing=False,
+    )
     start = time.time()
     client.execute()
     seconds = time.time() - start
     for cell in skipped: del cell.metadata["tags"]
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = list(kept_outputs(cell.outputs))
+        if cell.cell_type == "code":
+            cell.outputs = list(kept_outputs(cell.outputs))
     size = sum(len(str(cell.outputs)) for cell in nb.cells if cell.cell_type == "code")
     nbformat.write(nb, path)
     clean(path)
@@ -87,12 +97,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks, e.g. 01_pyramid")
     parser.add_argument("--all", action="store_true", help="every notebook, in order of its name")
-    parser.add_argument("--skip", default="gpu", help="space-separated flags whose cells are not executed (default: gpu)")
-    parser.add_argument("--timeout", type=int, help="seconds that one cell may take (default: no limit)")
+    parser.add_argument(
+        "--skip", default="gpu",
+        help="space-separated flags whose cells are not executed (default: gpu)",
+    )
+    parser.add_argument(
+        "--timeout", type=int, help="seconds that one cell may take (default: no limit)"
+    )
     args = parser.parse_args()
-    if not args.names and not args.all: parser.error("name at least one notebook, or --all")
+    if not args.names and not args.all:
+        parser.error("name at least one notebook, or --all")
     os.chdir(ROOT)
-    os.environ.pop("IN_TEST", None)  # stored outputs come from the full budget, never from the tests' one
+    # stored outputs come from the full budget, never from the tests' one
+    os.environ.pop("IN_TEST", None)
     total = 0
     for path in notebooks() if args.all else [find(name) for name in args.names]:
         print(f"{path.relative_to(ROOT)} ...", end=" ", flush=True)
@@ -101,7 +118,8 @@ def main():
             print("FAILED, not written", flush=True)
             sys.exit(_ansi.sub("", f"{type(error).__name__} in {path.relative_to(ROOT)}:\n{error}"))
         total += seconds
-        print(f"{seconds:.0f} s, {size / 1e3:.0f} KB of outputs" + (" (over the limit)" if size > SIZE_LIMIT else ""), flush=True)
+        over = " (over the limit)" if size > SIZE_LIMIT else ""
+        print(f"{seconds:.0f} s, {size / 1e3:.0f} KB of outputs{over}", flush=True)
     print(f"{total:.0f} s in all")
 
 

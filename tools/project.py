@@ -32,13 +32,17 @@ def read(path):
     return nb
 
 
-def code_cells(nb): return [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
+def code_cells(nb):
+    return [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
 
 
 def default_exp(path):
     "The module that the notebook exports to, or None"
-    names = [m.group(1) for cell in code_cells(read(path)) for m in _default_exp.finditer(cell["source"])]
-    if len(names) > 1: raise ValueError(f"{path.name} has {len(names)} default_exp lines")
+    names = [
+        m.group(1) for cell in code_cells(read(path)) for m in _default_exp.finditer(cell["source"])
+    ]
+    if len(names) > 1:
+        raise ValueError(f"{path.name} has {len(names)} default_exp lines")
     return names[0] if names else None
 
 

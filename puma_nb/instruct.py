@@ -9,6 +9,7 @@ __all__ = ['INSTRUCT_SHARES', 'INSTRUCT_QUESTIONS', 'INSTRUCT_TURNS', 'STAGES', 
 # %% ../nbs/05_instruct.ipynb #741301aa
 import json, shutil, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,69 +27,158 @@ from .system import *
 from .pretrain import *
 
 # %% ../nbs/05_instruct.ipynb #71bf0e23
-INSTRUCT_SHARES = dict(t2i=0.30, caption=0.04, ground=0.03, edit=0.38, condition=0.08, question=0.13, read=0.04)  # ours: one model for all families
-INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")  # ours: yes/no twice as often
-INSTRUCT_TURNS = 4  # ours: questions a conversation; an answer is one word, a caption twenty, and the loss counts words
+# All of these are ours: one model for all families, and yes/no questions twice as often.
+INSTRUCT_SHARES = dict(
+    t2i=0.30, caption=0.04, ground=0.03, edit=0.38, condition=0.08, question=0.13, read=0.04)
+INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")
+# Questions a conversation: an answer is one word, a caption twenty, and the loss counts words.
+INSTRUCT_TURNS = 4
 
 def deeper(preset: Preset): # The preset with tuning's depth of pyramids
     "Tuning sees fine scales more often than pretraining: edits need them."
     return replace(preset, mllm=replace(preset.mllm, depth_shares=preset.mllm.tune_depth_shares))
 
+# %% ../nbs/05_instruct.ipynb #49fbb35c
 def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Samples of the four families; captions are rehearsed."
     w = preset.world
-    sizes = dict(t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions, question=w.pairs, read=w.pairs)
+    sizes = dict(
+        t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions,
+        question=w.pairs, read=w.pairs)
     extra = dict(question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS))
-    return {b: world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {})) for b, n in sizes.items()}
+    samples = {}
+    for b, n in sizes.items():
+        samples[b] = world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {}))
+    return samples
 
 # %% ../nbs/05_instruct.ipynb #09b482e0
-def question_score(puma: Puma, kind: str, split="val", n: int = 200, seed: int = 5, batch: int = 100): # {"accuracy", "chance", "n"}
+def question_score(
+    puma: Puma,
+    kind: str,     # "yesno" or "what"
+    split="val",
+    n: int = 200,
+    seed: int = 5,
+    batch: int = 100
+): # {"accuracy", "chance", "n"}
     "Share of right answers, and what the most frequent answer would score."
     rows = world_samples("question", n, split, seed, puma.preset.world.max_objects, kinds=(kind,))
-    replies = [a for k in range(0, n, batch) for a in puma.ask(torch.stack([s["images"][0] for s in rows[k:k + batch]]), [s["segments"][2]["text"] for s in rows[k:k + batch]])]
+    replies = []
+    for k in range(0, n, batch):
+        part = rows[k:k + batch]
+        images = torch.stack([s["images"][0] for s in part])
+        replies += puma.ask(images, [s["segments"][2]["text"] for s in part])
     true = [s["answer"] for s in rows]
-    return dict(accuracy=float(np.mean([r.strip().lower() == t for r, t in zip(replies, true)])), chance=max(true.count(t) for t in set(true)) / n, n=n)
+    accuracy = float(np.mean([r.strip().lower() == t for r, t in zip(replies, true)]))
+    return dict(accuracy=accuracy, chance=max(true.count(t) for t in set(true)) / n, n=n)
 
-def edit_score(puma: Puma, kind: str, scale: int = 2, split="val", n: int = 100, seed: int = 5): # The world's score, and that of the untouched source
-    "Edited (or colourised) pictures, read by the oracle. `copy` is what returning the source would score."
-    rows = world_samples("condition", n, split, seed, puma.preset.world.max_objects) if kind == "colorize" else world_samples("edit", n, split, seed, puma.preset.world.max_objects, kinds=(kind,))
-    sources, asked = torch.stack([s["images"][0] for s in rows]), [scene_from_json(s["scene"]) for s in rows]
-    if kind == "colorize": out = puma.condition(sources, [caption(s) for s in asked], (scale,), list(range(n)))[scale]
-    else: out = puma.edit(sources, [s["answer"] for s in rows], (scale,), list(range(n)))[scale]
-    return dict(score_scenes(asked, [read_scene(x) for x in out]), copy=score_scenes(asked, [read_scene(x) for x in sources])["attributes"])
+# %% ../nbs/05_instruct.ipynb #7c8c4a36
+def _to_edit(puma, kind, n, split, seed): # samples: of one kind of edit, or gray pictures
+    most = puma.preset.world.max_objects
+    if kind == "colorize":
+        return world_samples("condition", n, split, seed, most)
+    return world_samples("edit", n, split, seed, most, kinds=(kind,))
+
+def edit_score(
+    puma: Puma,
+    kind: str,      # One of `EDITS`, or "colorize"
+    scale: int = 2,
+    split="val",
+    n: int = 100,
+    seed: int = 5
+): # The world's score, and that of the untouched source
+    "Edited (or colourised) pictures, read by the oracle. `copy`: what the source would score."
+    rows = _to_edit(puma, kind, n, split, seed)
+    sources = torch.stack([s["images"][0] for s in rows])
+    asked = [scene_from_json(s["scene"]) for s in rows]
+    seeds = list(range(n))
+    if kind == "colorize":
+        out = puma.condition(sources, [caption(s) for s in asked], (scale,), seeds)[scale]
+    else:
+        out = puma.edit(sources, [s["answer"] for s in rows], (scale,), seeds)[scale]
+    copy = score_scenes(asked, [read_scene(x) for x in sources])["attributes"]
+    return dict(score_scenes(asked, [read_scene(x) for x in out]), copy=copy)
+
+# %% ../nbs/05_instruct.ipynb #2c03c77b
+def _instruct_scores(preset, out, seed, device, begun, log): # (gates, report)
+    puma = Puma(out, device, "instruct")
+    n = min(200, preset.world.val)
+    images, scenes = world_images(preset, "val", n, seed)
+    answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")}
+    answers |= {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
+    report = dict(
+        seconds=round(time.time() - begun),
+        answers=answers,
+        captions=caption_score(puma, images, scenes),
+        t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
+        edits={k: edit_score(puma, k, n=min(50, n)) for k in (*EDITS, "colorize")})
+    return dict(yesno=(answers["yesno"]["accuracy"], 0.92)), report
 
 # %% ../nbs/05_instruct.ipynb #62e7df8d
-def train_instruct(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), data: dict = None): # data: as for pretraining
+def train_instruct(
+    preset: Preset,
+    out,                # Folder of the system
+    seed=0,
+    resume=False,       # Go on from the newest checkpoint
+    device=None,
+    progress=True,
+    run=Run(),          # How it is run
+    data: dict = None   # As for pretraining
+):
     "Stage `instruct`: one model for the four families; gate: yes/no questions."
-    begun, out, stage = time.time(), Path(out), preset.stages["instruct"]
+    begun = time.time()
+    out = Path(out)
     model, tokenizer = load_mllm(out, "pretrain", device)
     encoder = load_encoder(out, device)
-    task = task_for("instruct", deeper(preset), model, tokenizer, encoder, seed, data, lambda: instruct_samples(preset, seed), INSTRUCT_SHARES, progress, out, device)
-    if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
-    if not data: task.held = held_out(preset, encoder, seed=seed)
-    log = fit(task, stage, out / "instruct", seed, resume, device, name="instruction tuning", progress=progress, sample_every=1000, run=run)
-    report = task.report() if data else {}
-    if not is_main(): return
-    print(*report.values(), sep="\n", end="\n" if report else "", flush=True)
-    speed = speed_report(task, stage, log); save_mllm(task.model, tokenizer, out / "instruct")
-    if data: return finish_stage(out, "instruct", stage, {}, seconds=round(time.time() - begun), data=report, speed=speed)
-    puma, n = Puma(out, device, "instruct"), min(200, preset.world.val)
-    images, scenes = world_images(preset, "val", n, seed)
-    answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")} | {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
-    finish_stage(out, "instruct", stage, dict(yesno=(answers["yesno"]["accuracy"], 0.92)), seconds=round(time.time() - begun), answers=answers,
-                 captions=caption_score(puma, images, scenes), t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
-                 edits={k: edit_score(puma, k, n=min(50, n)) for k in (*EDITS, "colorize")}, speed=speed)
+    samples = partial(instruct_samples, preset, seed)
+    task = task_for(
+        "instruct", deeper(preset), model, tokenizer, encoder, seed, data, samples,
+        INSTRUCT_SHARES, progress, out, device)
+    watch_training(task, preset, encoder, out, seed, device, data)
+    scores = partial(_instruct_scores, preset, out, seed, device, begun)
+    run_stage(
+        "instruct", "instruction tuning", task, preset.stages["instruct"], out, data, scores,
+        begun, seed=seed, resume=resume, device=device, progress=progress, run=run)
 
-# %% ../nbs/05_instruct.ipynb #312e22a4
-STAGES = dict(encoder=train_encoder, autoencoder=train_autoencoder, decoders=train_decoders, pretrain=train_pretrain, instruct=train_instruct)
+# %% ../nbs/05_instruct.ipynb #77537e22
+STAGES = dict(
+    encoder=train_encoder, autoencoder=train_autoencoder, decoders=train_decoders,
+    pretrain=train_pretrain, instruct=train_instruct)
 
 def same_preset(preset, out):
     "Refuse a folder that another preset's encoder lies in."
     path = Path(out) / "encoder" / "config.json"
     if not path.exists(): return
-    with reading(path, "encoder"): c = json.loads(path.read_text()); found = c["hidden_size"], c["image_size"]
-    if found != (preset.encoder.hidden_size, preset.encoder.image_size): raise UserError(f"{out} was begun with another preset than {preset.name} (its encoder has width {found[0]} and pictures of {found[1]} pixels): name that one with --preset")
+    with reading(path, "encoder"):
+        c = json.loads(path.read_text())
+        found = c["hidden_size"], c["image_size"]
+    if found != (preset.encoder.hidden_size, preset.encoder.image_size):
+        raise UserError(
+            f"{out} was begun with another preset than {preset.name} (its encoder has width "
+            f"{found[0]} and pictures of {found[1]} pixels): name that one with --preset")
 
+# %% ../nbs/05_instruct.ipynb #762e9fac
+def _is_released(name, preset): # stages of no steps are taken from releases
+    return not preset.stages["base" if name == "decoders" else name].steps
+
+def _check_source(name, preset, options): # a release must have been named
+    if not _is_released(name, preset): return
+    if name == "encoder" and options.get(name): return
+    hint = ", which this version cannot load yet: choose another stage or preset"
+    if name == "encoder":
+        hint = (": name it with --encoder, the language model with --llama, "
+                "and pictures for the feature statistics with --images")
+    raise UserError(
+        f"stage {name} of preset {preset.name} is not trained but taken from its release" + hint)
+
+def _finished(name, out): # a stage that an earlier run has finished
+    if not read_stage(out, name): return False
+    print(f"{name}: finished before", flush=True)
+    if not is_main(): return True
+    for folder in list((Path(out) / name).rglob("checkpoints")):
+        shutil.rmtree(folder, ignore_errors=True)  # a run killed at its very end leaves some
+    return True
+
+# %% ../nbs/05_instruct.ipynb #312e22a4
 def train_system(
     preset: Preset,
     out,                  # Folder of the system
@@ -97,20 +187,19 @@ def train_system(
     resume: bool = False, # Skip finished stages, go on in the middle of an unfinished one
     device: str = None,
     progress: bool = True,
-    run: Run = Run(),     # How stages are run
+    run: Run = Run(),     # How stages are run; under `accelerate launch` all processes train
     **options             # stage -> what else it takes, say decoders=dict(parts=(0,))
 ):
-    "Run stages one after the other, each from what the ones before left in `out`. Started by `accelerate launch`, all processes train and the first one saves."
-    if processes() > 1: make_accelerator(device)  # connects the processes, with patience
+    "Run stages one after the other, each from what the ones before left in `out`."
+    if processes() > 1:
+        make_accelerator(device)  # connects the processes, with patience
     same_preset(preset, out)
     for name in stages:
-        released = not preset.stages["base" if name == "decoders" else name].steps
-        if resume and read_stage(out, name): pass
-        elif released and not (name == "encoder" and options.get(name)): raise UserError(f"stage {name} of preset {preset.name} is not trained but taken from its release" + (": name it with --encoder, the language model with --llama, and pictures for the feature statistics with --images" if name == "encoder" else ", which this version cannot load yet: choose another stage or preset"))
-        if resume and read_stage(out, name):
-            print(f"{name}: finished before", flush=True)
-            if is_main(): [shutil.rmtree(c, ignore_errors=True) for c in list((Path(out) / name).rglob("checkpoints"))]  # a run killed at its very end leaves some
-            continue
-        if released: is_main() and take_released(preset, out, device=device, progress=progress, **options[name])
-        else: STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
-        if processes() > 1: PartialState().wait_for_everyone()  # the others wait for what the first one saves
+        if resume and _finished(name, out): continue
+        _check_source(name, preset, options)
+        if not _is_released(name, preset):
+            STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
+        elif is_main():
+            take_released(preset, out, device=device, progress=progress, **options[name])
+        if processes() > 1:
+            PartialState().wait_for_everyone()  # the others wait for what the first one saves

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PRETRAIN_SHARES', 'PROMPTS', 'MAX_TEXT', 'DECODERS', 'BANDS', 'pretrain_samples', 'PretrainTask', 'held_out',
            'read_score', 'ground_score', 'caption_score', 't2i_score', 'card_sets', 'CardTask', 'release',
-           'take_released', 'start_mllm', 'task_for', 'make_bands', 'compare_with_shipped', 'train_pretrain']
+           'take_released', 'start_mllm', 'task_for', 'make_bands', 'compare_with_shipped', 'watch_training',
+           'run_stage', 'train_pretrain']
 
 # %% ../nbs/04_pretrain.ipynb #9076f0ba
 import json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,83 +34,157 @@ from .processor import *
 from .system import *
 
 # %% ../nbs/04_pretrain.ipynb #9ebc945f
-PRETRAIN_SHARES = dict(t2i=0.41, caption=0.41, ground=0.06, read=0.10, passage=0.02)  # A.2.2: pairs go both ways, half and half, and so do boxes; the shares of boxes, signs and passages are ours
+# A.2.2: pairs go both ways, half and half, and so do boxes.
+# The shares of boxes, signs and passages are ours.
+PRETRAIN_SHARES = dict(t2i=0.41, caption=0.41, ground=0.06, read=0.10, passage=0.02)
 
 def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Both directions of the world's image-text pairs, signs to read, and passages without pictures."
     w = preset.world
-    return {b: world_samples(b, w.conditions if b == "passage" else w.pairs, "train", seed, w.max_objects) for b in PRETRAIN_SHARES}
+    def size(name): return w.conditions if name == "passage" else w.pairs
+    return {b: world_samples(b, size(b), "train", seed, w.max_objects) for b in PRETRAIN_SHARES}
+
+# %% ../nbs/04_pretrain.ipynb #f5e14d10
+PROMPTS = (
+    "a red circle at the top left and a blue square at the bottom right on a white ground",
+    "a yellow cross at the center on a navy ground",
+    "a green triangle at the bottom left on a pink ground",
+    "a purple circle at the top and an orange cross at the bottom right on a sky ground")
+
+def _save_samples(folder, step, pictures, captions): # one text, and one file a picture
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"step_{step:06d}.txt").write_text("\n".join(captions))
+    for k, x in enumerate(pictures):
+        save_image(x, folder / f"step_{step:06d}_{k}.png", 128)
 
 # %% ../nbs/04_pretrain.ipynb #1678246d
-PROMPTS = ("a red circle at the top left and a blue square at the bottom right on a white ground", "a yellow cross at the center on a navy ground",
-           "a green triangle at the bottom left on a pink ground", "a purple circle at the top and an orange cross at the bottom right on a sky ground")
-
 class PretrainTask(MLLMTask):
-    "MLLM training that draws images of `PROMPTS` and measures itself on validation scenes while it runs."
+    "MLLM training that draws images of `PROMPTS` and measures itself on validation scenes."
     decoders, shots, held = None, None, None  # held: (captions, features) of validation scenes
+
     def said(self, model, n=4): # what it says of the first validation pictures
-        b = prompt_batch([[image(k, False)] for k in range(n)], self.tokenizer, FeatureStore(self.held[1][:n], model.stats), self.preset.mllm.read_scale, image=False)
+        asked = [[image(k, False)] for k in range(n)]
+        store = FeatureStore(self.held[1][:n], model.stats)
+        scale = self.preset.mllm.read_scale
+        b = prompt_batch(asked, self.tokenizer, store, scale, image=False)
         return [self.tokenizer.decode(i).strip() for i in write_text(model, b)]
 
     def sample(self, model, step, folder):
         if self.decoders is None: return
-        b = prompt_batch([[text(p, False)] for p in PROMPTS], self.tokenizer, self.store, self.preset.mllm.read_scale, image=True)
-        pictures = self.decoders.decode(write_image(model.eval(), b, 2)[2], 2, seeds=list(range(len(PROMPTS))))
-        captions = self.said(model) if self.held else []; model.train()
+        asked = [[text(p, False)] for p in PROMPTS]
+        scale = self.preset.mllm.read_scale
+        b = prompt_batch(asked, self.tokenizer, self.store, scale, image=True)
+        features = write_image(model.eval(), b, 2)[2]
+        pictures = self.decoders.decode(features, 2, seeds=list(range(len(PROMPTS))))
+        captions = self.said(model) if self.held else []
+        model.train()
         if self.shots is not None: self.shots.append((step, pictures, captions))
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True); (Path(folder) / f"step_{step:06d}.txt").write_text("\n".join(captions))
-            for k, x in enumerate(pictures): save_image(x, Path(folder) / f"step_{step:06d}_{k}.png", 128)
+        if folder: _save_samples(Path(folder), step, pictures, captions)
 
     def validate(self, model, step): # errors of each scale down to f2, as in chapter 3's dashboard
         if self.held is None: return {}
         d = dashboard(model, self.tokenizer, *self.held, stop=2)
-        return {f"val_{kind}_{s}": round(v, 5) for kind in ("teacher", "free", "variance") for s, v in zip(d["scale"], d[kind])}
+        return {
+            f"val_{kind}_{s}": round(v, 5)
+            for kind in ("teacher", "free", "variance")
+            for s, v in zip(d["scale"], d[kind])}
 
+# %% ../nbs/04_pretrain.ipynb #e7815a10
 def held_out(preset: Preset, encoder, n: int = 32, seed: int = 0): # (captions, N x 256 x C)
     "Validation scenes for a look while training."
     images, scenes = world_images(preset, "val", min(n, preset.world.val), seed)
     return [caption(s) for s in scenes], encode_images(encoder, images)
 
 # %% ../nbs/04_pretrain.ipynb #34bd5839
-def read_score(puma: Puma, kind: str, n: int = 200, seed: int = 5): # {"accuracy", "chance", "n"}; kind: "digit" or "word"
+def read_score(
+    puma: Puma,
+    kind: str,     # "digit" or "word"
+    n: int = 200,
+    seed: int = 5
+): # {"accuracy", "chance", "n"}
     "Signs of validation that are read rightly."
-    rows = [s for s in world_samples("read", 4 * n + 20, "val", seed) if s["answer"].isdigit() == (kind == "digit")][:n]
-    said = [a for k in range(0, n, 100) for a in puma.ask(torch.stack([s["images"][0] for s in rows[k:k + 100]]), f"what {kind} is written?")]
+    signs = world_samples("read", 4 * n + 20, "val", seed)
+    rows = [s for s in signs if s["answer"].isdigit() == (kind == "digit")][:n]
+    said = []
+    for k in range(0, n, 100):
+        images = torch.stack([s["images"][0] for s in rows[k:k + 100]])
+        said += puma.ask(images, f"what {kind} is written?")
     true = [s["answer"] for s in rows]
-    return dict(accuracy=float(np.mean([a == t for a, t in zip(said, true)])), chance=max(true.count(t) for t in set(true)) / len(true), n=len(rows))
+    accuracy = float(np.mean([a == t for a, t in zip(said, true)]))
+    chance = max(true.count(t) for t in set(true)) / len(true)
+    return dict(accuracy=accuracy, chance=chance, n=len(rows))
 
 # %% ../nbs/04_pretrain.ipynb #fedf21b8
-def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou": ..., "missed": ..., "boxes": ...}
-    "Boxes that the model writes for things it sees, matched to the true ones: mean overlap (a missing box counts 0), share of overlaps below a tenth, and share of scenes with the right number."
+def _overlaps(found, true): # one for each true box, with its match; 0 for those without
+    iou = box_iou(torch.tensor(found).reshape(-1, 4), torch.tensor(true)).numpy()
+    rows, cols = linear_sum_assignment(-iou)
+    return iou[rows, cols].tolist() + [0.] * (len(true) - len(rows))
+
+def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou", "missed", "boxes"}
+    "Boxes that the model writes for things it sees, matched to the true ones."
     overlap, right = [], []
     for k in range(0, len(images), batch):
-        part = images[k:k + batch]
-        answers = puma.ground(part)
+        answers = puma.ground(images[k:k + batch])
         for t, s in zip(answers, scenes[k:k + batch]):
-            found, true = boxes_in(t), [box(x) for x in s.things]
-            iou = box_iou(torch.tensor(found).reshape(-1, 4), torch.tensor(true)).numpy()
-            rows, cols = linear_sum_assignment(-iou)
-            overlap += iou[rows, cols].tolist() + [0.] * (len(true) - len(rows)); right.append(len(found) == len(true))
-    return dict(iou=float(np.mean(overlap)), missed=float(np.mean(np.array(overlap) < .1)), boxes=float(np.mean(right)))
+            found = boxes_in(t)
+            true = [box(x) for x in s.things]
+            overlap += _overlaps(found, true)
+            right.append(len(found) == len(true))
+    return dict(
+        iou=float(np.mean(overlap)),                    # mean overlap; a missing box counts 0
+        missed=float(np.mean(np.array(overlap) < .1)),  # share of overlaps below a tenth
+        boxes=float(np.mean(right)))                    # share of scenes with the right number
 
 # %% ../nbs/04_pretrain.ipynb #a7d49760
 def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's score of the captions
     "Captions of images, read as scenes and scored."
-    written = [c for k in range(0, len(images), batch) for c in puma.caption(images[k:k + batch])]
+    written = []
+    for k in range(0, len(images), batch):
+        written += puma.caption(images[k:k + batch])
     return score_scenes(scenes, [parse_caption(c) for c in written])
 
-def t2i_score(puma: Puma, scenes, scales=SCALES, seed: int = 0, batch: int = 100): # {scale: the world's score}
+# %% ../nbs/04_pretrain.ipynb #4a88da88
+def t2i_score(
+    puma: Puma,
+    scenes,
+    scales=SCALES,
+    seed: int = 0,
+    batch: int = 100
+): # {scale: the world's score}
     "Images for full captions, read by the oracle and scored."
     found = {i: [] for i in scales}
     for k in range(0, len(scenes), batch):
-        part = scenes[k:k + batch]
-        for i, x in puma.generate([caption(s) for s in part], scales, [seed + k + j for j in range(len(part))]).items(): found[i] += [read_scene(p) for p in x]
+        prompts = [caption(s) for s in scenes[k:k + batch]]
+        seeds = [seed + k + j for j in range(len(prompts))]
+        for i, x in puma.generate(prompts, scales, seeds).items():
+            found[i] += [read_scene(p) for p in x]
     return {i: score_scenes(scenes, f) for i, f in found.items()}
 
-# %% ../nbs/04_pretrain.ipynb #d5d3175b
-MAX_TEXT = 512  # ours: tokens of one text; web captions and long answers are cut
+# %% ../nbs/04_pretrain.ipynb #a6155aac
+def _find_card(name, cards): # by its name, or in a file of one's own
+    if name in cards: return cards[name]
+    if name.endswith(".md"): return read_card(name)
+    raise UserError(
+        f"no card named {name!r}; there are: {', '.join(cards)}, "
+        "or name a file of your own (my-set.md)")
 
+def _role(name, card, stage): # the card's own word for the stage: "instruct" may be "instruct-edit"
+    role = next((s for s in card.stage if s.startswith(stage)), None)
+    if role is None:
+        raise UserError(
+            f"{name} is not for stage {stage}; its stages: {', '.join(card.stage)}")
+    return role
+
+def _drop_duplicates(sets, keep, device): # the first process looks, the others read what it keeps
+    with make_accelerator(device).main_process_first():
+        found = leave_out_duplicates(sets, is_main(), keep)
+    if not is_main(): return
+    for name, n in found.items():
+        print(
+            f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, "
+            "and are left out", flush=True)
+
+# %% ../nbs/04_pretrain.ipynb #d5d3175b
 def card_sets(
     data: dict,       # name of a card, or the file of one -> where the set lies
     stage: str,       # "pretrain" or "instruct"
@@ -119,94 +195,188 @@ def card_sets(
     **kwargs          # For `CardSet`
 ): # ({name: CardSet}, {name: share})
     "Sets named by their cards, with their shares."
-    cards, sets, shares = load_cards(), {}, {}
+    cards = load_cards()
+    sets, shares = {}, {}
     for name, source in data.items():
-        if name not in cards and not name.endswith(".md"): raise UserError(f"no card named {name!r}; there are: {', '.join(cards)}, or name a file of your own (my-set.md)")
-        card = cards[name] if name in cards else read_card(name)
-        role = next((s for s in card.stage if s.startswith(stage)), None)
-        if role is None: raise UserError(f"{name} is not for stage {stage}; its stages: {', '.join(card.stage)}")
-        sets[name], shares[name] = s, share = CardSet(card, source, role, side, seed, **kwargs), card.meta["puma"]["weight"].get(role, {}).get("share", 1.0)
-        if is_main(): print(f"{card.name}: {len(s)} rows, share {share}", flush=True)
-    with make_accelerator(device).main_process_first(): found = leave_out_duplicates(sets, is_main(), keep)  # the others read what it keeps
-    for name, n in found.items():
-        if is_main(): print(f"{name}: {n} of {len(sets[name])} rows are in a set before it, too, and are left out", flush=True)
+        card = _find_card(name, cards)
+        role = _role(name, card, stage)
+        sets[name] = s = CardSet(card, source, role, side, seed, **kwargs)
+        shares[name] = share = card.meta["puma"]["weight"].get(role, {}).get("share", 1.0)
+        if is_main():
+            print(f"{card.name}: {len(s)} rows, share {share}", flush=True)
+    _drop_duplicates(sets, keep, device)
     return sets, shares
 
 # %% ../nbs/04_pretrain.ipynb #5c2af8e6
+MAX_TEXT = 512  # ours: tokens of one text; web captions and long answers are cut
 DECODERS = ThreadPoolExecutor(4)  # threads that open pictures; PIL lets others work meanwhile
 
 class CardTask(PretrainTask):
     "Training on real sets, whose pictures are encoded batch by batch."
     encoder = None
+
     def gather(self, positions):
-        samples = list(DECODERS.map(lambda which: self.sets[which[0]][which[1]], draw(positions, self.shares, self.seed)))
-        images, begin = [x for s in samples for x in s["images"]], np.cumsum([0] + [len(s["images"]) for s in samples])
-        f0 = encode_images(self.encoder, torch.stack(images)) if images else torch.zeros(1, TOKENS[0], self.model.config.feature_size)
-        segments = [[{**g, "ids": to_ids(self.tokenizer, g["text"])[:MAX_TEXT]} if g["kind"] == "text" else {**g, "image": g["image"] + int(at)} for g in s["segments"]] for s, at in zip(samples, begin)]
+        samples = list(DECODERS.map(self._open, draw(positions, self.shares, self.seed)))
+        f0 = self._encode([x for s in samples for x in s["images"]])
+        begin = np.cumsum([0] + [len(s["images"]) for s in samples])
+        segments = []
+        for s, at in zip(samples, begin):
+            segments.append([self._numbered(g, int(at)) for g in s["segments"]])
         return segments, FeatureStore(f0, self.store.stats)
 
-    def reads(self): return [[n, dict(samples=len(s), share=self.shares[n], files=s.mark)] for n, s in self.sets.items()]  # their order counts, too
+    def _open(self, which): # (name of a set, number of the draw from it)
+        name, k = which
+        return self.sets[name][k]
+
+    def _encode(self, images): # one row of zeros where a batch has no pictures
+        if images: return encode_images(self.encoder, torch.stack(images))
+        return torch.zeros(1, TOKENS[0], self.model.config.feature_size)
+
+    def _numbered(self, g, begin): # a segment's words as ids, its image by its place in the batch
+        if g["kind"] != "text": return {**g, "image": g["image"] + begin}
+        return {**g, "ids": to_ids(self.tokenizer, g["text"])[:MAX_TEXT]}
+
+    def reads(self): # a list: the order of the sets counts, too
+        return [
+            [n, dict(samples=len(s), share=self.shares[n], files=s.mark)]
+            for n, s in self.sets.items()]
 
     def report(self): # {set: what was read of it, and what was left out}, over all processes
         "What this run has read; a line for each set."
-        for n, s in self.sets.items():
-            for kept, skipped in gather_object([(s.loader.kept, s.loader.skipped)])[1:]: s.loader.kept += kept; s.loader.skipped += skipped
+        for s in self.sets.values():
+            for kept, skipped in gather_object([(s.loader.kept, s.loader.skipped)])[1:]:
+                s.loader.kept += kept
+                s.loader.skipped += skipped
         return {n: s.loader.report() for n, s in self.sets.items()}
 
-# %% ../nbs/04_pretrain.ipynb #f248f8fa
+# %% ../nbs/04_pretrain.ipynb #4876acd1
+def _download(source): # hf:NAME -> folder
+    kinds = ["*.json", "*.safetensors", "*.txt"]
+    try:
+        return Path(snapshot_download(
+            str(source)[3:], allow_patterns=kinds, ignore_patterns=["original/*"]))
+    except Exception as e:
+        why = str(e).splitlines()[0] if str(e) else ""
+        raise UserError(
+            f"{source}: cannot be downloaded ({type(e).__name__}: {why})") from None
+
 def release(source): # A folder, or hf:NAME: a folder either way
-    "Where a released model lies; one from the hub is downloaded: safetensors, JSON and word lists, nothing that runs."
-    if not str(source).startswith("hf:"): folder = Path(source)
-    else:
-        try: folder = Path(snapshot_download(str(source)[3:], allow_patterns=["*.json", "*.safetensors", "*.txt"], ignore_patterns=["original/*"]))
-        except Exception as e: raise UserError(f"{source}: cannot be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
-    if not (folder / "config.json").exists(): raise UserError(f"{source}: no model there (config.json is missing); name a folder, or hf:OWNER/NAME")
+    "A released model's folder; from the hub come safetensors, JSON, word lists, nothing that runs."
+    folder = _download(source) if str(source).startswith("hf:") else Path(source)
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{source}: no model there (config.json is missing); "
+            "name a folder, or hf:OWNER/NAME")
     return folder
 
-def _taken(source, read, kinds=(), **wanted): # what `read` makes of the folder; `wanted`: numbers of the preset, by the configuration's names
+# %% ../nbs/04_pretrain.ipynb #77bd6041
+def _check_release(source, config, kinds, wanted): # wanted: {name in the configuration: number}
+    if kinds and config.model_type not in kinds:
+        raise UserError(
+            f"{source} holds a model of type {config.model_type}; "
+            f"wanted: {' or '.join(kinds)}")
+    part = getattr(config, "vision_config", config)
+    found = {k: getattr(part, k) for k in wanted}
+    wrong = [f"{k} {found[k]} instead of {v}" for k, v in wanted.items() if found[k] != v]
+    if wrong:
+        raise UserError(f"{source} does not fit the preset: {', '.join(wrong)}")
+
+def _taken(source, read, kinds=(), **wanted): # what `read` makes of the release's folder
     folder = release(source)
     with reading(source, "model"), quietly():
-        config = AutoConfig.from_pretrained(folder); part = getattr(config, "vision_config", config)
-        if kinds and config.model_type not in kinds: raise UserError(f"{source} holds a model of type {config.model_type}; wanted: {' or '.join(kinds)}")
-        if wrong := [f"{k} {getattr(part, k)} instead of {v}" for k, v in wanted.items() if getattr(part, k) != v]: raise UserError(f"{source} does not fit the preset: {', '.join(wrong)}")
+        _check_release(source, AutoConfig.from_pretrained(folder), kinds, wanted)
         return read(folder)
 
+# %% ../nbs/04_pretrain.ipynb #7ef998fc
+def _load_vision(folder):
+    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+
+def _save_released(out, net, stats, tokenizer): # where `load_encoder` and `load_stats` look
+    with quietly(): net.save_pretrained(out / "encoder")
+    moments = dict(mean=stats.mean, std=stats.std)
+    save_tensors(moments, out / "encoder" / "feature_stats.safetensors")
+    add_puma_tokens(tokenizer).save_pretrained(out / "tokenizer")
+
+# %% ../nbs/04_pretrain.ipynb #f248f8fa
 def take_released(
-    preset: Preset, out,
+    preset: Preset,
+    out,             # Folder of the system
     encoder,         # A CLIP model with vision tower: folder, or hf:NAME
     llama,           # A LLaMA with its tokenizer: folder, or hf:NAME
     images,          # Pictures for the feature statistics: see `image_set`
-    device=None, progress: bool = True
+    device=None,
+    progress: bool = True
 ):
     "What stage `encoder` leaves, from releases instead of training."
-    begun, out, e = time.time(), Path(out), preset.encoder
-    net = _taken(encoder, lambda f: CLIPVisionModel.from_pretrained(f, dtype=torch.float32, use_safetensors=True), ("clip", "clip_vision_model"),
-                 hidden_size=e.hidden_size, image_size=e.image_size, patch_size=e.patch_size, num_hidden_layers=e.layers)
+    begun = time.time()
+    out = Path(out)
+    e = preset.encoder
+    net = _taken(
+        encoder, _load_vision, ("clip", "clip_vision_model"), hidden_size=e.hidden_size,
+        image_size=e.image_size, patch_size=e.patch_size, num_hidden_layers=e.layers)
     theirs = _taken(llama, AutoTokenizer.from_pretrained)
     pictures, left_out = image_set(images, e.image_size, n=2000, progress=progress)
     net = net.to(pick_device(device)).eval().requires_grad_(False)
     stats = feature_stats(encode_images(net, pictures, progress=progress))
-    with quietly(): net.save_pretrained(out / "encoder")
-    save_tensors(dict(mean=stats.mean, std=stats.std), out / "encoder" / "feature_stats.safetensors")
-    add_puma_tokens(theirs).save_pretrained(out / "tokenizer")
-    finish_stage(out, "encoder", preset.stages["encoder"], {}, seconds=round(time.time() - begun), taken_from=str(encoder), pictures=len(pictures), left_out=left_out)
+    _save_released(out, net, stats, theirs)
+    finish_stage(
+        out, "encoder", preset.stages["encoder"], {}, seconds=round(time.time() - begun),
+        taken_from=str(encoder), pictures=len(pictures), left_out=left_out)
 
 # %% ../nbs/04_pretrain.ipynb #4e8aa6a5
-def start_mllm(preset, tokenizer, stats, llama=None): # A model with random weights, or around a released LLaMA
+def _check_words(llama, tokenizer): # the release's words must be the system's, number by number
+    ours = tokenizer.get_vocab()
+    theirs = _taken(llama, AutoTokenizer.from_pretrained).get_vocab()
+    if any(ours.get(w) != k for w, k in theirs.items()):
+        raise UserError(
+            f"{llama} has other words than this system's tokenizer: "
+            "name the LLaMA whose tokenizer stage encoder took over")
+
+def start_mllm(
+    preset,
+    tokenizer,
+    stats,
+    llama=None  # A released LLaMA: folder, or hf:NAME
+): # A model with random weights, or around the release
     "The language model at the beginning of pretraining."
     if llama is None: return build_mllm(preset, tokenizer, stats)
-    m, ours, theirs = preset.mllm, tokenizer.get_vocab(), _taken(llama, AutoTokenizer.from_pretrained).get_vocab()
-    if any(ours.get(w) != k for w, k in theirs.items()): raise UserError(f"{llama} has other words than this system's tokenizer: name the LLaMA whose tokenizer stage encoder took over")
-    return _taken(llama, lambda f: PumaForConditionalGeneration.from_llama(f, tokenizer, stats, preset.name, m.read_scale), ("llama",),
-                  hidden_size=m.hidden_size, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)
+    _check_words(llama, tokenizer)
+    m = preset.mllm
+    def grow(folder):
+        return PumaForConditionalGeneration.from_llama(
+            folder, tokenizer, stats, preset.name, m.read_scale)
+    return _taken(
+        llama, grow, ("llama",), hidden_size=m.hidden_size, num_hidden_layers=m.layers,
+        num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)
+
+# %% ../nbs/04_pretrain.ipynb #de76ed0f
+def _card_task(name, preset, model, tokenizer, encoder, seed, data, out, device): # on real sets
+    keep = out and Path(out) / name / "duplicates.json"
+    sets, shares = card_sets(data, name, preset.encoder.image_size, seed, keep, device)
+    empty = torch.zeros(1, TOKENS[0], preset.encoder.hidden_size)
+    store = FeatureStore(empty, model.stats)
+    task = CardTask(preset, model, tokenizer, sets, shares, store, name, seed)
+    task.encoder = encoder
+    return task
 
 # %% ../nbs/04_pretrain.ipynb #2e518253
-def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, shares, progress, out=None, device=None): # samples: a function, called if there are no real sets
+def task_for(
+    name,        # Stage
+    preset,
+    model,
+    tokenizer,
+    encoder,
+    seed,
+    data,        # {card: where its set lies}; if empty, it is the world's samples
+    samples,     # A function, called if there are no real sets
+    shares,      # Of the world's samples
+    progress,
+    out=None,    # Folder of the system; rows that two sets share are kept there
+    device=None
+): # A `CardTask` or a `PretrainTask`
     "The task of a stage: on real sets, or on the world's samples."
     if data:
-        sets, shares = card_sets(data, name, preset.encoder.image_size, seed, out and Path(out) / name / "duplicates.json", device)
-        task = CardTask(preset, model, tokenizer, sets, shares, FeatureStore(torch.zeros(1, TOKENS[0], preset.encoder.hidden_size), model.stats), name, seed); task.encoder = encoder
-        return task
+        return _card_task(name, preset, model, tokenizer, encoder, seed, data, out, device)
     sets, store = prepare_samples(samples(), tokenizer, encoder, model.stats, progress)
     return PretrainTask(preset, model, tokenizer, sets, shares, store, name, seed)
 
@@ -214,43 +384,119 @@ def task_for(name, preset, model, tokenizer, encoder, seed, data, samples, share
 BANDS = ("text", "f4", "f3", "f2", "f1", "f0")
 
 def _settings(preset): # what a loss depends on, as JSON gives it back
-    stage = {k: v for k, v in asdict(preset.stages["pretrain"]).items() if k not in ("checkpointing", "compile")}
-    return json.loads(json.dumps(dict(stage=stage, mllm=asdict(preset.mllm), pairs=preset.world.pairs, shares=PRETRAIN_SHARES)))
+    stage = asdict(preset.stages["pretrain"])
+    for k in ("checkpointing", "compile"):
+        del stage[k]
+    settings = dict(
+        stage=stage, mllm=asdict(preset.mllm), pairs=preset.world.pairs, shares=PRETRAIN_SHARES)
+    return json.loads(json.dumps(settings))
 
-def make_bands(preset: Preset, logs: dict): # {seed: log} of at least three runs; what is written to bands.json
+def _bands_without(logs, seed): # of all other runs
+    return loss_bands([log for k, log in logs.items() if k != seed], BANDS)
+
+def make_bands(preset: Preset, logs: dict): # {seed: log} of at least three runs -> bands.json
     "Bands of several runs, and where each run ends in the bands of the others."
-    left_out = {s: is_normal(log, loss_bands([x for k, x in logs.items() if k != s], BANDS)) for s, log in logs.items()}
-    return dict(settings=_settings(preset), seeds=list(logs), bands=loss_bands(list(logs.values()), BANDS), left_out=left_out)
+    left_out = {s: is_normal(log, _bands_without(logs, s)) for s, log in logs.items()}
+    bands = loss_bands(list(logs.values()), BANDS)
+    return dict(settings=_settings(preset), seeds=list(logs), bands=bands, left_out=left_out)
 
-def compare_with_shipped(preset: Preset, log): # As from `is_normal`; None where the shipped runs had other settings
+# %% ../nbs/04_pretrain.ipynb #183fecdb
+def compare_with_shipped(
+    preset: Preset,
+    log             # Of the run, as `fit` returns it
+): # As from `is_normal`; None where the shipped runs had other settings
     "Is the loss of this pretraining normal?"
     path = package_dir("weights") / "pretrain" / "bands.json"
     if not path.exists(): return None
     kept = json.loads(path.read_text())
     if kept["settings"] != _settings(preset): return None
     found = is_normal(log, kept["bands"])
-    print("pretrain: at its end the loss is " + ", ".join(f"{t} {r['end']}" for t, r in found.items()) + " the bands of the shipped runs", flush=True)
+    ends = ", ".join(f"{t} {r['end']}" for t, r in found.items())
+    print(f"pretrain: at its end the loss is {ends} the bands of the shipped runs", flush=True)
     return found
 
-# %% ../nbs/04_pretrain.ipynb #8c1adb53
-def train_pretrain(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), data: dict = None, llama=None): # data: name of a card -> where its set lies; llama: a release to begin from
-    "Stage `pretrain`; gate: captions of validation images are right. On real sets there is no oracle, and no gate."
-    begun, out, stage = time.time(), Path(out), preset.stages["pretrain"]
-    encoder, stats = load_encoder(out, device), load_stats(out)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
-    torch.manual_seed(seed_of(seed, "mllm")); model = start_mllm(preset, tokenizer, stats, llama)
-    task = task_for("pretrain", preset, model, tokenizer, encoder, seed, data, lambda: pretrain_samples(preset, seed), PRETRAIN_SHARES, progress, out, device)
-    if (out / "decoders" / "f2" / "config.json").exists(): task.decoders = Decoders(preset, out, device)
+# %% ../nbs/04_pretrain.ipynb #efaaedfe
+def watch_training(task, preset: Preset, encoder, out, seed, device, data):
+    "Give a task what it needs for a look at itself: decoders, if trained, and scenes of the world."
+    out = Path(out)
+    if (out / "decoders" / "f2" / "config.json").exists():
+        task.decoders = Decoders(preset, out, device)
     if not data: task.held = held_out(preset, encoder, seed=seed)
-    log = fit(task, stage, out / "pretrain", seed, resume, device, name="pretraining", progress=progress, sample_every=1000, run=run)
-    report = task.report() if data else {}
+
+# %% ../nbs/04_pretrain.ipynb #fdac5cfa
+def run_stage(
+    name: str,          # Of the stage, and of its folder in `out`
+    title: str,         # For the progress bar
+    task: MLLMTask,
+    stage: StagePreset,
+    out: Path,          # Folder of the system
+    data,               # As for `task_for`
+    scores,             # log -> (gates, report); not called on real sets, which have no oracle
+    begun: float,       # `time.time()` at the beginning
+    **kwargs            # For `fit`
+):
+    "Train a language model's task, save the model, and write the stage's report."
+    log = fit(task, stage, out / name, name=title, sample_every=1000, **kwargs)
+    taken = task.report() if data else {}
     if not is_main(): return
-    print(*report.values(), sep="\n", end="\n" if report else "", flush=True)
-    speed = speed_report(task, stage, log); save_mllm(task.model, tokenizer, out / "pretrain")
-    if data: return finish_stage(out, "pretrain", stage, {}, seconds=round(time.time() - begun), data=report, speed=speed)
-    puma, (images, scenes) = Puma(out, device, "pretrain"), world_images(preset, "val", min(200, preset.world.val), seed)
-    captions, pictures = caption_score(puma, images, scenes), t2i_score(puma, scenes)
-    board = dashboard(puma.model, tokenizer, [caption(s) for s in scenes[:64]], encode_images(encoder, images[:64]))
+    print(*taken.values(), sep="\n", end="\n" if taken else "", flush=True)
+    speed = speed_report(task, stage, log)
+    save_mllm(task.model, task.tokenizer, out / name)
+    gates, report = {}, dict(seconds=round(time.time() - begun), data=taken)
+    if not data: gates, report = scores(log)
+    finish_stage(out, name, stage, gates, **report, speed=speed)
+
+# %% ../nbs/04_pretrain.ipynb #801b4575
+def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, begun, log): # (gates, report)
+    puma = Puma(out, device, "pretrain")
+    images, scenes = world_images(preset, "val", min(200, preset.world.val), seed)
+    captions = caption_score(puma, images, scenes)
+    pictures = t2i_score(puma, scenes)
+    first = [caption(s) for s in scenes[:64]]
+    board = dashboard(puma.model, tokenizer, first, encode_images(encoder, images[:64]))
     normal = compare_with_shipped(preset, log)
-    finish_stage(out, "pretrain", stage, dict(caption_attributes=(captions["attributes"], 0.95)), seconds=round(time.time() - begun), captions=captions,
-                 t2i={f"f{i}": s for i, s in pictures.items()}, reading={k: read_score(puma, k) for k in ("digit", "word")}, ground=ground_score(puma, images, scenes), dashboard=board, normal=normal, speed=speed)
+    report = dict(
+        seconds=round(time.time() - begun),
+        captions=captions,
+        t2i={f"f{i}": s for i, s in pictures.items()},
+        reading={k: read_score(puma, k) for k in ("digit", "word")},
+        ground=ground_score(puma, images, scenes),
+        dashboard=board,
+        normal=normal)
+    return dict(caption_attributes=(captions["attributes"], 0.95)), report
+
+# %% ../nbs/04_pretrain.ipynb #b8504820
+def _pretrain_task(preset, out, encoder, seed, device, progress, data, llama):
+    stats = load_stats(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    torch.manual_seed(seed_of(seed, "mllm"))
+    model = start_mllm(preset, tokenizer, stats, llama)
+    samples = partial(pretrain_samples, preset, seed)
+    task = task_for(
+        "pretrain", preset, model, tokenizer, encoder, seed, data, samples, PRETRAIN_SHARES,
+        progress, out, device)
+    watch_training(task, preset, encoder, out, seed, device, data)
+    return task
+
+# %% ../nbs/04_pretrain.ipynb #8c1adb53
+def train_pretrain(
+    preset: Preset,
+    out,                # Folder of the system
+    seed=0,
+    resume=False,       # Go on from the newest checkpoint
+    device=None,
+    progress=True,
+    run=Run(),          # How it is run
+    data: dict = None,  # name of a card -> where its set lies; without an oracle there is no gate
+    llama=None          # A release to begin from
+):
+    "Stage `pretrain`; gate: captions of validation images are right."
+    begun = time.time()
+    out = Path(out)
+    encoder = load_encoder(out, device)
+    task = _pretrain_task(preset, out, encoder, seed, device, progress, data, llama)
+    scores = partial(
+        _pretrain_scores, preset, out, encoder, task.tokenizer, seed, device, begun)
+    run_stage(
+        "pretrain", "pretraining", task, preset.stages["pretrain"], out, data, scores, begun,
+        seed=seed, resume=resume, device=device, progress=progress, run=run)

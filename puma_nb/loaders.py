@@ -26,7 +26,12 @@ from .data import *
 from .training import fingerprint, is_main, save_json
 
 # %% ../nbs/00f_loaders.ipynb #05349e6d
-LAYOUTS = (("webdataset", (".tar",)), ("parquet", (".parquet",)), ("json", (".jsonl", ".json")), ("imagefolder", IMAGE_SUFFIXES))  # img2dataset leaves parquet and JSON beside its shards
+LAYOUTS = (
+    ("webdataset", (".tar",)),  # first: img2dataset leaves parquet and JSON beside its shards
+    ("parquet", (".parquet",)),
+    ("json", (".jsonl", ".json")),
+    ("imagefolder", IMAGE_SUFFIXES),
+)
 
 def layout(source): # (layout, files in order)
     "How the rows of a folder, or of one file, are stored."
@@ -34,116 +39,213 @@ def layout(source): # (layout, files in order)
     if not path.exists(): raise UserError(f"{source}: no such file or folder")
     there = sorted(path.rglob("*")) if path.is_dir() else [path]
     for name, suffixes in LAYOUTS:
-        if files := [f for f in there if f.suffix.lower() in suffixes]: return name, files
+        files = [f for f in there if f.suffix.lower() in suffixes]
+        if files: return name, files
     raise UserError(f"{source}: neither parquet, .tar, .json, .jsonl nor images there")
 
+# %% ../nbs/00f_loaders.ipynb #c65a8405
+def _split_of(file):
+    "The word that a file's name begins with."
+    return re.split(r"\W|_", file.name)[0]
+
 def files_of(card: Card, source): # As for `layout`
-    "The files of a set; where their names tell splits (`train-00000.parquet`), those of the card's split."
+    "The files of a set; where names tell splits (`train-00000.parquet`), those of the card's."
     name, files = layout(source)
-    own = [f for f in files if re.split(r"\W|_", f.name)[0] == card.meta["puma"]["split"]] if name in ("parquet", "json") else []
+    if name not in ("parquet", "json"): return name, files
+    own = [f for f in files if _split_of(f) == card.meta["puma"]["split"]]
     return name, own or files
 
-def picture_rows(card, files): # a folder of pictures as rows
-    column = next((c for c, field in card.meta["puma"]["columns"].items() if field == "image" and "." not in c), "image")
+# %% ../nbs/00f_loaders.ipynb #04c0ab23
+def picture_rows(card, files):
+    "A folder of pictures as rows."
+    columns = card.meta["puma"]["columns"].items()
+    column = next((c for c, field in columns if field == "image" and "." not in c), "image")
     return [{column: str(f.absolute())} for f in files]
 
 def rows_of(card: Card, source): # An iterable of dicts
     "Rows of a set, streamed: from a file or folder, or from the hub with source=\"hub\"."
-    if source == "hub": rows = _from_hub(card, streaming=True)
-    else:
-        name, files = files_of(card, source)
-        if name == "imagefolder": return picture_rows(card, files)
-        if name == "webdataset": return itertools.chain.from_iterable(TarTable(f) for f in files)
-        rows = _table(source, name, files, streaming=True)
+    if source == "hub":
+        return _streamed(_undecoded(_from_hub(card, streaming=True)), source)
+    name, files = files_of(card, source)
+    if name == "imagefolder": return picture_rows(card, files)
+    if name == "webdataset":
+        return itertools.chain.from_iterable(TarTable(f) for f in files)
+    rows = _table(source, name, files, streaming=True)
     return _streamed(_undecoded(rows), source)
 
 # %% ../nbs/00f_loaders.ipynb #d70134c5
-def _broken(source, e): # what libraries say of broken files, in a line
-    return UserError(f"{source}: cannot be read ({type(e).__name__}: {(str(e.__cause__ or e).strip().splitlines() or ['no rows?'])[0]})")
+def _broken(source, e):
+    "What a library says of a broken file, in a line."
+    said = str(e.__cause__ or e).strip().splitlines() or ["no rows?"]
+    return UserError(f"{source}: cannot be read ({type(e).__name__}: {said[0]})")
 
-def _table(source, name, files, streaming): # parquet or JSON files as one table
-    try: return load_dataset(name, data_files=[str(f) for f in files], split="train", streaming=streaming)
-    except Exception as e: raise _broken(source, e) from None
-
-def _streamed(rows, source): # files are opened as they are read
-    try: yield from rows
-    except Exception as e: raise _broken(source, e) from None
-
-def _from_hub(card, streaming):
-    home, split = card.meta["puma"]["home"], card.meta["puma"]["split"]
-    if home.startswith("http"): raise UserError(f"{card.name} is not on the hub: get it from {home} and give its folder")
+def _table(source, name, files, streaming):
+    "Parquet or JSON files as one table."
+    paths = [str(f) for f in files]
     try:
-        names = get_dataset_config_names(home)  # a set of many subsets has a configuration for each: all are read, one after the other
-        return concatenate_datasets([load_dataset(home, n, split=split, streaming=streaming) for n in (["default"] if "default" in names else names)])
-    except Exception as e: raise UserError(f"{card.name}: {home} cannot be loaded from the hub ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
+        return load_dataset(name, data_files=paths, split="train", streaming=streaming)
+    except Exception as e:
+        raise _broken(source, e) from None
 
-def _undecoded(rows): # pictures as bytes or paths: we open them ourselves, since some will not open
+def _streamed(rows, source):
+    "Rows as they come: files are opened as they are read."
+    try:
+        yield from rows
+    except Exception as e:
+        raise _broken(source, e) from None
+
+# %% ../nbs/00f_loaders.ipynb #f9863e24
+def _undecoded(rows):
+    "A table whose pictures are not decoded."
     for k, v in (rows.features or {}).items():
-        if isinstance(v, ImageFeature): rows = rows.cast_column(k, ImageFeature(decode=False))
+        if isinstance(v, ImageFeature):
+            rows = rows.cast_column(k, ImageFeature(decode=False))
     return rows
 
+# %% ../nbs/00f_loaders.ipynb #86afd8e7
+def _configurations(home):
+    "The configurations to read: the default, or all where there is none."
+    names = get_dataset_config_names(home)
+    return ["default"] if "default" in names else names
+
+def _from_hub(card, streaming):
+    "A set of the hub as one table."
+    home = card.meta["puma"]["home"]
+    split = card.meta["puma"]["split"]
+    if home.startswith("http"):
+        raise UserError(f"{card.name} is not on the hub: get it from {home} and give its folder")
+    try:
+        return concatenate_datasets([
+            load_dataset(home, name, split=split, streaming=streaming)
+            for name in _configurations(home)])
+    except Exception as e:
+        said = str(e).splitlines()[0] if str(e) else ""
+        raise UserError(f"{card.name}: {home} cannot be loaded from the hub "
+                        f"({type(e).__name__}: {said})") from None
+
 # %% ../nbs/00f_loaders.ipynb #e0d9fbb0
-def tar_row(files): # Pairs of (suffix, bytes) -> {"image": ..., "caption": text, ...the JSON's keys}
+def _read_at(file, at, size):
+    "The `size` bytes that begin at `at`."
+    file.seek(at)
+    return file.read(size)
+
+def tar_row(
+    files # Pairs of (suffix, bytes)
+): # {"image": ..., "caption": text, ...the JSON's keys}
     "One sample of a webdataset shard."
     row = {}
     for kind, data in files:
-        if f".{kind.lower()}" in IMAGE_SUFFIXES: row["image"] = dict(bytes=data, path=None)
-        elif kind == "txt": row["caption"] = data.decode("utf-8", "replace")
+        if f".{kind.lower()}" in IMAGE_SUFFIXES:
+            row["image"] = dict(bytes=data, path=None)
+        elif kind == "txt":
+            row["caption"] = data.decode("utf-8", "replace")
         elif kind == "json":
-            try: row.update({k: v for k, v in json.loads(data).items() if k not in row})
-            except (ValueError, AttributeError): return {"broken": "its JSON cannot be read"}
+            try:
+                row.update({k: v for k, v in json.loads(data).items() if k not in row})
+            except (ValueError, AttributeError):
+                return {"broken": "its JSON cannot be read"}
     return row
 
+# %% ../nbs/00f_loaders.ipynb #eceb6ff1
 class TarTable:
     "The samples of one shard by number."
     def __init__(self, path):
-        self.path, self.rows, last, whole = path, [], None, False
+        self.path = path
+        self.rows = []  # for each sample {suffix: (where it begins, bytes)}
+        if not self._read_headers(): self.rows.append(None)
+
+    def _read_headers(self): # Whether the shard ends as it should
+        "Fill `rows`, as far as the shard can be read."
         try:
-            with tarfile.open(path, "r:") as tar:
-                for f in tar:
-                    if not f.isfile(): continue
-                    folder, _, name = f.name.rpartition("/"); key, _, kind = name.partition(".")
-                    if (folder, key) != last: self.rows.append({}); last = folder, key
-                    self.rows[-1][kind] = (f.offset_data, f.size)
-                tar.fileobj.seek(tar.offset); whole = tar.fileobj.read(512) == bytes(512)
-        except (tarfile.TarError, EOFError): pass
-        if not whole: self.rows.append(None)
+            with tarfile.open(self.path, "r:") as tar:
+                self._add_rows(tar)
+                return _read_at(tar.fileobj, tar.offset, 512) == bytes(512)
+        except (tarfile.TarError, EOFError):
+            return False
+
+    def _add_rows(self, tar):
+        "A row for each run of files of one folder and name."
+        last = None
+        for f in tar:
+            if not f.isfile(): continue
+            folder, _, name = f.name.rpartition("/")
+            key, _, kind = name.partition(".")
+            if (folder, key) != last: self.rows.append({})
+            last = (folder, key)
+            self.rows[-1][kind] = (f.offset_data, f.size)
 
     def __len__(self): return len(self.rows)
 
     def __getitem__(self, k):
         if self.rows[k] is None: return {"broken": "its shard ends too early"}
         with open(self.path, "rb") as f:
-            def read(at, size): f.seek(at); return f.read(size)
-            return tar_row((kind, read(*where)) for kind, where in self.rows[k].items())
+            return tar_row((kind, _read_at(f, *where)) for kind, where in self.rows[k].items())
 
 # %% ../nbs/00f_loaders.ipynb #84cb1d77
 def _find(row, name):
+    "What stands under a column's name; a dot goes one level down."
     for part in name.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     return row
 
-def _turns(talk): # LLaVA's layout -> (questions, answers)
-    says = [(t.get("from"), str(t.get("value", "")).replace("<image>", "").strip()) for t in talk or []]
-    pairs = [(q, a) for (one, q), (other, a) in zip(says, says[1:]) if (one, other) == ("human", "gpt")]  # who speaks twice, or first, is left out
+def _said(turn): # (who, what)
+    "One turn of a conversation, without the mark of its picture."
+    return turn.get("from"), str(turn.get("value", "")).replace("<image>", "").strip()
+
+def _turns(talk): # (questions, answers)
+    "A conversation in LLaVA's layout; who speaks twice, or first, is left out."
+    says = [_said(t) for t in talk or []]
+    pairs = [(q, a) for (one, q), (other, a) in zip(says, says[1:])
+             if (one, other) == ("human", "gpt")]
     return [q for q, _ in pairs], [a for _, a in pairs]
 
-def fields_of(card: Card, row: dict): # field -> value; a picture's field holds a list of (column, picture)
+def _value(card, row, column):
+    "What a column says; the card may name the folder below which its paths lie."
+    value = _find(row, column)
+    root = card.meta["puma"].get("roots", {}).get(column)
+    return f"{root}/{value}" if root and isinstance(value, str) else value
+
+# %% ../nbs/00f_loaders.ipynb #3f90b55f
+def _add_picture(out, row, column, field, value):
+    "A picture, or one more alternative for it."
+    if field == "image" and isinstance(row.get("image"), dict):
+        value = row["image"]  # shards bring their pictures along
+    if value is not None: out.setdefault(field, []).append((column, value))
+
+def _add_words(out, column, field, value):
+    "Words, below those of an earlier column."
+    if column in tuple("ABCDEFGH"): value = f"{column}. {value}"  # a choice
+    out[field] = f"{out[field]}\n{value}" if isinstance(out.get(field), str) else value
+
+def _stripped(fields):
+    "Words without blanks around them; but boxes count a caption's letters from the first one."
+    out = dict(fields)
+    for k, v in fields.items():
+        if isinstance(v, str) and not (k == "caption" and fields.get("boxes")):
+            out[k] = v.strip()
+    return out
+
+# %% ../nbs/00f_loaders.ipynb #4840c1d7
+def fields_of(
+    card: Card, row: dict
+): # field -> value; a picture's field holds a list of (column, picture)
     "What a row says, in our words."
     out = {}
-    for column, field in card.meta["puma"]["columns"].items():
-        value = _find(row, column)
-        if (root := card.meta["puma"].get("roots", {}).get(column)) and isinstance(value, str): value = f"{root}/{value}"
-        if isinstance(field, list): out["question"], out["answer"] = _turns(value)
+    columns = card.meta["puma"]["columns"]
+    for column, field in columns.items():
+        value = _value(card, row, column)
+        if isinstance(field, list):
+            out["question"], out["answer"] = _turns(value)
         elif field in ("image", "source", "target"):
-            if field == "image" and isinstance(row.get("image"), dict): value = row["image"]  # shards bring their pictures along
-            if value is not None: out.setdefault(field, []).append((column, value))
-        elif field == "boxes": out[field] = value or []
+            _add_picture(out, row, column, field, value)
+        elif field == "boxes":
+            out[field] = value or []
         elif value is not None and value != "":
-            if column in tuple("ABCDEFGH"): value = f"{column}. {value}"  # a choice
-            out[field] = f"{out[field]}\n{value}" if isinstance(out.get(field), str) else value
-    if "caption" not in out and isinstance(row.get("caption"), str) and "caption" in card.meta["puma"]["columns"].values(): out["caption"] = row["caption"]
-    return {k: v.strip() if isinstance(v, str) and not (k == "caption" and out.get("boxes")) else v for k, v in out.items()}  # boxes count the letters from the first, blanks too
+            _add_words(out, column, field, value)
+    beside = row.get("caption")  # shards bring their captions along, too
+    if "caption" not in out and isinstance(beside, str) and "caption" in columns.values():
+        out["caption"] = beside
+    return _stripped(out)
 
 # %% ../nbs/00f_loaders.ipynb #f358a3e4
 class Skip(Exception):
@@ -151,58 +253,118 @@ class Skip(Exception):
 
 ADDRESS = "an address, not a picture"
 
-def open_picture(value, folder=None): # A path, bytes as `datasets` gives them, or a PIL image -> PIL image in RGB
-    "Decode a picture, or say what is wrong with it."
+def _openable(value, folder):
+    "What `load_image` takes in place of a row's value."
     if isinstance(value, str):
         if value.startswith(("http:", "https:")): raise Skip(ADDRESS)
-        home = Path(folder or "."); value = home / value if (home / value).exists() else home.parent / value  # a JSON file may lie in a folder of its own
-    elif isinstance(value, (bytes, bytearray)): value = io.BytesIO(value)
-    elif isinstance(value, dict): value = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(folder or ".") / str(value.get("path"))
-    try: return to_pil(load_image(value))
-    except UserError as e: raise Skip(str(e).split(": ")[-1].split(" (")[0]) from None
+        home = Path(folder or ".")
+        here = home / value
+        return here if here.exists() else home.parent / value  # JSON may have a folder of its own
+    if isinstance(value, (bytes, bytearray)): return io.BytesIO(value)
+    if not isinstance(value, dict): return value
+    if value.get("bytes") is not None: return io.BytesIO(value["bytes"])
+    return Path(folder or ".") / str(value.get("path"))
 
+# %% ../nbs/00f_loaders.ipynb #fcab1298
+def open_picture(
+    value,      # A path, bytes as `datasets` gives them, or a PIL image
+    folder=None # Where paths begin
+): # PIL image in RGB
+    "Decode a picture, or say what is wrong with it."
+    value = _openable(value, folder)
+    try:
+        return to_pil(load_image(value))
+    except UserError as e:
+        raise Skip(str(e).split(": ")[-1].split(" (")[0]) from None
+
+# %% ../nbs/00f_loaders.ipynb #1334870f
 def window(width, height, crop: str, rng): # (left, top, right, bottom) in pixels
     "Which part of a picture is taken."
     if crop == "squash": return 0, 0, width, height
     side = min(width, height)
-    left, top = ((width - side) // 2, (height - side) // 2) if crop == "center" else (int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1)))
+    if crop == "center":
+        left = (width - side) // 2
+        top = (height - side) // 2
+    else:
+        left = int(rng.integers(width - side + 1))
+        top = int(rng.integers(height - side + 1))
     return left, top, left + side, top + side
 
-def move_box(b, size, cut): # Box in 0..1 of the whole picture -> in 0..1 of the window, or None if nothing is left
+# %% ../nbs/00f_loaders.ipynb #c7565ce9
+def move_box(
+    b,    # Box in 0..1 of the whole picture
+    size, # Its width and height in pixels
+    cut   # What `window` returned
+): # Box in 0..1 of the window, or None if nothing is left
     "A box after cropping."
-    (w, h), (l, t, r, u) = size, cut
-    x = np.clip([(b[0] * w - l) / (r - l), (b[1] * h - t) / (u - t), (b[2] * w - l) / (r - l), (b[3] * h - t) / (u - t)], 0, 1)
+    w, h = size
+    left, top, right, bottom = cut
+    x = np.clip([(b[0] * w - left) / (right - left), (b[1] * h - top) / (bottom - top),
+                 (b[2] * w - left) / (right - left), (b[3] * h - top) / (bottom - top)], 0, 1)
     return tuple(map(float, x)) if x[2] > x[0] and x[3] > x[1] else None
 
 # %% ../nbs/00f_loaders.ipynb #3b7da6cc
-def grounded(caption: str, boxes, least: float): # Phrases with their boxes behind them
-    "A caption into which GRIT's boxes are written: rows of (start, end, x_min, y_min, x_max, y_max, confidence)."
-    out, at = "", 0
+def grounded(
+    caption: str,
+    boxes,        # Rows of (start, end, x_min, y_min, x_max, y_max, confidence)
+    least: float  # Smallest side of a box
+): # Phrases with their boxes behind them
+    "A caption into which GRIT's boxes are written."
+    out = ""
+    at = 0
     for start, end, *b in sorted((r[:6] for r in boxes), key=lambda r: r[0]):
         if min(b[2] - b[0], b[3] - b[1]) < least or int(start) < at: continue
-        out += caption[at:int(end)] + " " + box_tokens([float(np.clip(v, 0, 1)) for v in b]); at = int(end)
+        out += caption[at:int(end)] + " " + box_tokens([float(np.clip(v, 0, 1)) for v in b])
+        at = int(end)
     return (out + caption[at:]).strip() if out else None
 
-ASK = dict(control_canny="please convert the canny image to a natural image", # A.2.4; the two others are ours
-           control_inpainting="please fill the missing part of the image", control_grayscale=COLORIZE)
-
-def arrange(fields, stage: str, rng): # Segments; pictures are numbered as in `PICTURES`
-    "Segments of a sample from the fields of a row."
-    if "target" in fields: # edits and conditions: the same form
-        ask = f"{ASK[fields['kind']]}. " if fields.get("kind") in ASK and rng.random() < .5 else ""  # A.2.4: the instruction, half of the time
-        return [image(0, False), text(ask + (fields.get("instruction") or fields["caption"]), False), image(1, True)]
-    if "answer" in fields and "question" in fields:
-        q, a = (v if isinstance(v, list) else [v] for v in (fields["question"], fields["answer"]))
-        talk = [text(str(t), learn) for x, y in zip(q, a) for t, learn in ((x, False), (y, True))]
-        return ([text(SYSTEM, False)] if stage.endswith("understand") or stage == "eval" else []) + ([image(0, False)] if "image" in fields else []) + talk
-    if "image" not in fields: return [text(fields["caption"], True)]
-    words = fields.get("caption", "")
-    if stage == "decoders" or not words: return [image(0, True)]
-    if stage != "pretrain" or rng.random() < .5: return [text(words, False), image(0, True)]  # A.2.2: half and half
-    return [image(0, False)] + ([text(GROUND, False)] if boxes_in(words) else []) + [text(words, True)]
+ASK = dict(
+    control_canny="please convert the canny image to a natural image",  # A.2.4; the others are ours
+    control_inpainting="please fill the missing part of the image",
+    control_grayscale=COLORIZE,
+)
 
 PICTURES = ("image", "source", "target")  # the order of a sample's pictures
 FAMILIES = {"instruct-edit": "edit", "instruct-condition": "condition"}
+
+# %% ../nbs/00f_loaders.ipynb #feaa3940
+def _changed(fields, rng):
+    "Edits and conditions; half of the conditions say their task (A.2.4)."
+    ask = ""
+    if fields.get("kind") in ASK and rng.random() < .5:
+        ask = f"{ASK[fields['kind']]}. "
+    words = ask + (fields.get("instruction") or fields["caption"])
+    return [image(0, False), text(words, False), image(1, True)]
+
+def _listed(v):
+    "A list as it is, anything else as a list of one."
+    return v if isinstance(v, list) else [v]
+
+def _conversation(fields, stage):
+    "Questions and answers, with the system's words where the stage has them."
+    out = [text(SYSTEM, False)] if stage.endswith("understand") or stage == "eval" else []
+    if "image" in fields: out.append(image(0, False))
+    for question, answer in zip(_listed(fields["question"]), _listed(fields["answer"])):
+        out += [text(str(question), False), text(str(answer), True)]
+    return out
+
+# %% ../nbs/00f_loaders.ipynb #371e6927
+def _captioned(fields, stage, rng):
+    "A picture with its caption; in pretraining half of them are asked for the caption (A.2.2)."
+    words = fields.get("caption", "")
+    if stage == "decoders" or not words: return [image(0, True)]
+    if stage != "pretrain" or rng.random() < .5:
+        return [text(words, False), image(0, True)]
+    ask = [text(GROUND, False)] if boxes_in(words) else []
+    return [image(0, False)] + ask + [text(words, True)]
+
+def arrange(fields, stage: str, rng): # Segments; pictures are numbered as in `PICTURES`
+    "Segments of a sample from the fields of a row."
+    if "target" in fields: return _changed(fields, rng)
+    if "answer" in fields and "question" in fields:
+        return _conversation(fields, stage)
+    if "image" not in fields: return [text(fields["caption"], True)]
+    return _captioned(fields, stage, rng)
 
 # %% ../nbs/00f_loaders.ipynb #87d614cc
 class Loader:
@@ -215,187 +377,347 @@ class Loader:
         seed: int = 0,
         least: float = None,  # Smallest side of a picture; the card's rule by default
         max_broken: float = MAX_BROKEN, # Share of unusable rows that stops the run
-        seen: set = None      # Fingerprints of rows that other sets have brought already: these are left out
+        seen: set = None      # Fingerprints of rows that other sets brought: these are left out
     ):
-        if stage not in card.stage: raise UserError(f"{card.name} is not used in stage {stage!r}; its stages: {', '.join(card.stage)}")
-        self.card, self.source, self.stage, self.side, self.seed, self.max_broken, self.seen = card, source, stage, side, seed, max_broken, seen
-        self.rules = card.meta["puma"]["filters"].get(stage, {}); self.least = self.rules.get("min_side", 0) if least is None else least
-        self.kept, self.skipped = 0, Counter()
-        path = Path(str(source)); self.folder = path if path.is_dir() else path.parent
+        if stage not in card.stage:
+            raise UserError(f"{card.name} is not used in stage {stage!r}; "
+                            f"its stages: {', '.join(card.stage)}")
+        self.card = card
+        self.source = source
+        self.stage = stage
+        self.side = side
+        self.seed = seed
+        self.max_broken = max_broken
+        self.seen = seen
+        self.rules = card.meta["puma"]["filters"].get(stage, {})
+        self.least = self.rules.get("min_side", 0) if least is None else least
+        path = Path(str(source))
+        self.folder = path if path.is_dir() else path.parent
+        self._reset()
+
+    def _reset(self):
+        "Begin to count."
+        self.kept = 0
+        self.skipped = Counter()
 
     def __iter__(self):
-        self.kept, self.skipped = 0, Counter()
+        self._reset()
         for k, row in enumerate(rows_of(self.card, self.source)):
-            try: sample = self.sample(row, np_rng(self.seed, self.card.name, k))
-            except Skip as e: self.skipped[str(e)] += 1; self._check(); continue
-            self.kept += 1; yield sample
+            try:
+                sample = self.sample(row, np_rng(self.seed, self.card.name, k))
+            except Skip as e:
+                self.skipped[str(e)] += 1
+                self._check()
+                continue
+            self.kept += 1
+            yield sample
         self._check(last=True)
         if not self.kept: raise self.trouble("no usable rows")
 
 # %% ../nbs/00f_loaders.ipynb #90452ce5
+_RULED_OUT = ("too small", "left out by a rule", "in another set")  # these rows are not broken
+
 @patch(as_prop=True)
-def broken(self: Loader): return sum(v for k, v in self.skipped.items() if k not in ("too small", "left out by a rule", "in another set"))
+def broken(self: Loader):
+    "Rows that cannot be used."
+    return sum(v for k, v in self.skipped.items() if k not in _RULED_OUT)
 
 @patch
-def _check(self: Loader, last=False): # small counts say little
+def _check(self: Loader, last=False):
+    "Stop if too much is broken; small counts say little."
     total = self.kept + self.broken
-    if (total >= 50 or last) and self.broken > self.max_broken * total: raise self.trouble(f"{self.broken} of {total} rows cannot be used, at most {self.max_broken:.0%} may be broken")
+    if total < 50 and not last: return
+    if self.broken > self.max_broken * total:
+        raise self.trouble(f"{self.broken} of {total} rows cannot be used, "
+                           f"at most {self.max_broken:.0%} may be broken")
 
+# %% ../nbs/00f_loaders.ipynb #f69751e7
 @patch
 def trouble(self: Loader, what): # An error, with the counts
-    hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder" if self.skipped[ADDRESS] else ""
-    return UserError(f"{self.card.name} in {self.source}: {what} ({', '.join(f'{k}: {v}' for k, v in self.skipped.most_common())}){hint}")
+    "What to raise where a set cannot be used."
+    counts = ", ".join(f"{k}: {v}" for k, v in self.skipped.most_common())
+    hint = ""
+    if self.skipped[ADDRESS]:
+        hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder"
+    return UserError(f"{self.card.name} in {self.source}: {what} ({counts}){hint}")
 
 @patch
 def report(self: Loader): # One line
     "What came through, and what did not."
-    return f"{self.card.name}: {self.kept} samples" + (", left out: " + ", ".join(f"{k} {v}" for k, v in self.skipped.most_common()) if self.skipped else "")
+    line = f"{self.card.name}: {self.kept} samples"
+    if not self.skipped: return line
+    counts = ", ".join(f"{k} {v}" for k, v in self.skipped.most_common())
+    return f"{line}, left out: {counts}"
 
 # %% ../nbs/00f_loaders.ipynb #8daa6e10
+# A number for a caption, a box of three sides: there is no end to what rows may hold.
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
 @patch
 def sample(self: Loader, row, rng):
     "One row as a sample; raises `Skip`."
-    try: return self.usable(row, rng)
-    except UserError: raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e: raise Skip(f"malformed ({type(e).__name__})") from None  # a number for a caption, a box of three sides: there is no end to it
+    try:
+        return self.usable(row, rng)
+    except UserError:
+        raise
+    except _MALFORMED as e:
+        raise Skip(f"malformed ({type(e).__name__})") from None
 
+# %% ../nbs/00f_loaders.ipynb #91430406
 @patch
 def left_out(self: Loader, row):
     "Whether a rule of the card leaves out the row's subset."
-    if not (drop := self.rules.get("drop_subsets")): return False
-    name = _find(row, drop["column"]); name = name.get("path") if isinstance(name, dict) else name  # of a picture, its name
-    return isinstance(name, str) and any(fnmatch.fnmatch(name.lower(), m.lower()) for m in drop["match"])
+    drop = self.rules.get("drop_subsets")
+    if not drop: return False
+    name = _find(row, drop["column"])
+    if isinstance(name, dict): name = name.get("path")  # of a picture, its name
+    if not isinstance(name, str): return False
+    return any(fnmatch.fnmatch(name.lower(), m.lower()) for m in drop["match"])
 
 # %% ../nbs/00f_loaders.ipynb #464e488e
+def _says(value):
+    "Whether a field holds anything but blanks."
+    if isinstance(value, str): return value.strip()
+    return any(value) if isinstance(value, list) else value
+
+@patch
+def _fields(self: Loader, row):
+    "The fields of a row, all there that the card wants."
+    fields = fields_of(self.card, row)
+    for f in self.rules.get("nonempty", ()):
+        if not _says(fields.get(f)): raise Skip(f"no {f}")
+    if not fields: raise Skip("none of the card's columns")
+    if self.rules.get("text_rows"): return fields
+    columns = self.card.meta["puma"]["columns"].values()
+    missing = [f for f in PICTURES if f in columns and f not in fields]
+    if missing: raise Skip(f"no {missing[0]}")
+    return fields
+
+# %% ../nbs/00f_loaders.ipynb #3459c34f
+@patch
+def _pictures(self: Loader, fields, rng): # field -> picture
+    "Pictures of a row, one of the alternatives each; which condition was drawn is its `kind`."
+    chosen = {f: fields[f][int(rng.integers(len(fields[f])))] for f in PICTURES if f in fields}
+    if "source" in chosen: fields["kind"] = chosen["source"][0]
+    pictures = {f: open_picture(value, self.folder) for f, (_, value) in chosen.items()}
+    if any(min(p.size) < self.least for p in pictures.values()):
+        raise Skip("too small")
+    return pictures
+
+# %% ../nbs/00f_loaders.ipynb #6f653bde
+def mark_of(sample): # A fingerprint
+    "What makes two samples the same: their words and their pixels."
+    words = repr(sorted(g["text"] for g in sample["segments"])).encode()
+    pixels = b"".join(t.numpy().tobytes() for t in sample["images"])
+    return hashlib.sha256(words + pixels).hexdigest()
+
+@patch
+def _skip_seen(self: Loader, sample):
+    "Leave out what another set has brought already."
+    mark = mark_of(sample)
+    if mark in self.seen: raise Skip("in another set")
+    self.seen.add(mark)
+
+# %% ../nbs/00f_loaders.ipynb #a71f1470
 @patch
 def usable(self: Loader, row, rng):
     "A sample of a row that is as its card says."
     if "broken" in row: raise Skip(row["broken"])
     if self.left_out(row): raise Skip("left out by a rule")
-    fields = fields_of(self.card, row)
-    for f in self.rules.get("nonempty", ()):
-        v = fields.get(f)
-        if not (v.strip() if isinstance(v, str) else any(v) if isinstance(v, list) else v): raise Skip(f"no {f}")
-    if not fields: raise Skip("none of the card's columns")
-    if not self.rules.get("text_rows") and (missing := [f for f in PICTURES if f in self.card.meta["puma"]["columns"].values() and f not in fields]): raise Skip(f"no {missing[0]}")
-    chosen = {f: fields[f][int(rng.integers(len(fields[f])))] for f in PICTURES if f in fields}
-    if "source" in chosen: fields["kind"] = chosen["source"][0]
-    pictures = {f: open_picture(v, self.folder) for f, (_, v) in chosen.items()}
-    if any(min(p.size) < self.least for p in pictures.values()): raise Skip("too small")
-    images = self.crop(pictures, fields, rng)
+    fields = self._fields(row)
+    images = self.crop(self._pictures(fields, rng), fields, rng)
     segments = arrange(fields, self.stage, rng)
-    if any(g["kind"] == "text" and not g["text"].strip() for g in segments): raise Skip("empty text")
-    out = dict(family=FAMILIES.get(self.stage, "t2i" if segments[-1]["kind"] == "image" else "understand"), skill=self.card.name, images=images, segments=segments, scene="",
-               answer=segments[-1]["text"])
-    if self.seen is not None:
-        if (mark := mark_of(out)) in self.seen: raise Skip("in another set")
-        self.seen.add(mark)
+    if any(g["kind"] == "text" and not g["text"].strip() for g in segments):
+        raise Skip("empty text")
+    last = segments[-1]
+    family = FAMILIES.get(self.stage, "t2i" if last["kind"] == "image" else "understand")
+    out = dict(family=family, skill=self.card.name, images=images, segments=segments,
+               scene="", answer=last["text"])
+    if self.seen is not None: self._skip_seen(out)
     return out
 
-def mark_of(sample): # A fingerprint
-    "What makes two samples the same: their words and their pixels."
-    return hashlib.sha256(repr(sorted(g["text"] for g in sample["segments"])).encode() + b"".join(t.numpy().tobytes() for t in sample["images"])).hexdigest()
-
 # %% ../nbs/00f_loaders.ipynb #bf6efa4d
+def _square(picture, cut, side): # 3 x side x side, bytes
+    "The window of a picture, at the side that is wanted."
+    small = picture.crop(cut).resize((side, side), Image.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+@patch
+def _move_boxes(self: Loader, fields, size, cut):
+    "The caption with the boxes that are left in the window."
+    moved = []
+    for row in fields["boxes"]:
+        b = move_box(row[2:6], size, cut)
+        if b: moved.append((*row[:2], *b))
+    fields["caption"] = grounded(fields["caption"], moved, self.rules.get("min_box_side", 0))
+    if not fields["caption"]: raise Skip("no box is left")
+
+# %% ../nbs/00f_loaders.ipynb #086e17eb
 @patch
 def crop(self: Loader, pictures, fields, rng):
     "Square pictures in the order of `PICTURES`; boxes and caption follow the crop."
-    sizes = {p.size for p in pictures.values()}
-    if len(sizes) > 1: pictures = {f: p.resize(pictures["target"].size, Image.BILINEAR) for f, p in pictures.items()}  # an edit's pair must match
+    if len({p.size for p in pictures.values()}) > 1:  # an edit's pair must match
+        size = pictures["target"].size
+        pictures = {f: p.resize(size, Image.BILINEAR) for f, p in pictures.items()}
     if not pictures: return []
     size = next(iter(pictures.values())).size
     cut = window(*size, self.rules.get("crop", "center"), rng)
-    if fields.get("boxes"):
-        moved = [(*r[:2], *b) for r in fields["boxes"] if (b := move_box(r[2:6], size, cut))]
-        fields["caption"] = grounded(fields["caption"], moved, self.rules.get("min_box_side", 0))
-        if not fields["caption"]: raise Skip("no box is left")
-    return [torch.from_numpy(np.array(pictures[f].crop(cut).resize((self.side, self.side), Image.BILINEAR))).permute(2, 0, 1) for f in PICTURES if f in pictures]
+    if fields.get("boxes"): self._move_boxes(fields, size, cut)
+    return [_square(pictures[f], cut, self.side) for f in PICTURES if f in pictures]
 
 # %% ../nbs/00f_loaders.ipynb #42514e6f
+def _tables(card, source, name, files):
+    "The tables of a set: a shard is one; parquet, JSON and pictures are one as a whole."
+    if name == "webdataset":
+        quiet = len(files) < 20 or not is_main()
+        return [TarTable(f) for f in tqdm(files, desc="headers of shards", disable=quiet)]
+    if name == "imagefolder": return [picture_rows(card, files)]
+    if name == "hub": return [_undecoded(_from_hub(card, streaming=False))]
+    return [_undecoded(_table(source, name, files, streaming=False))]
+
+# %% ../nbs/00f_loaders.ipynb #25fda4f8
 class CardSet:
     "Samples of a set by their position in the run; see `Loader` for what a row becomes."
-    def __init__(self, card: Card, source, stage: str, side: int, seed: int = 0, group: int = 4, **kwargs): # group: shards that are mixed with each other
-        if kwargs.get("seen") is not None: raise UserError("with a set read by position every row would be its own duplicate in the second epoch: see leave_out_duplicates")
-        self.loader, self.seed, self.group, self.left_out, self.lock = Loader(card, source, stage, side, seed, **kwargs), seed, group, set(), threading.Lock()
+    def __init__(
+        self, card: Card, source, stage: str, side: int, seed: int = 0,
+        group: int = 4, # Shards that are mixed with each other
+        **kwargs        # For `Loader`
+    ):
+        if kwargs.get("seen") is not None:
+            raise UserError("with a set read by position every row would be its own duplicate "
+                            "in the second epoch: see leave_out_duplicates")
+        self.loader = Loader(card, source, stage, side, seed, **kwargs)
+        self.seed = seed
+        self.group = group
+        self.left_out = set()
+        self.lock = threading.Lock()
         name, files = ("hub", []) if source == "hub" else files_of(card, source)
-        self.mark = fingerprint(*((f.name, f.stat().st_size) for f in files)) if files else "hub"  # whether it is the same set, wherever it lies
-        if name == "webdataset": self.tables = [TarTable(f) for f in tqdm(files, desc="headers of shards", disable=len(files) < 20 or not is_main())]
-        elif name == "imagefolder": self.tables = [picture_rows(card, files)]
-        elif name == "hub": self.tables = [_undecoded(_from_hub(card, streaming=False))]
-        else: self.tables = [_undecoded(_table(source, name, files, streaming=False))]
+        sizes = [(f.name, f.stat().st_size) for f in files]
+        self.mark = fingerprint(*sizes) if files else "hub"  # the same set, wherever it lies
+        self.tables = _tables(card, source, name, files)
         self.counts = [len(t) for t in self.tables]
         if not len(self): raise UserError(f"{source}: no rows there")
 
     def __len__(self): return sum(self.counts)
 
-    def __iter__(self): return (self[k] for k in range(len(self)))  # one epoch; positions go on for ever
+    def __iter__(self): # One epoch; positions go on for ever
+        return (self[k] for k in range(len(self)))
 
 # %% ../nbs/00f_loaders.ipynb #5689fa8c
+@lru_cache(maxsize=8)
+def _order(n, seed, epoch, group):
+    "The order of the rows of a group of shards."
+    return np_rng("rows", seed, epoch, group).permutation(n)
+
+@patch
+def _row_in(self: CardSet, shards, at): # (shard, row)
+    "Row number `at` of these shards, one behind the other."
+    for s in shards:
+        if at < self.counts[s]: return s, at
+        at -= self.counts[s]
+
+# %% ../nbs/00f_loaders.ipynb #e01fb1b5
 @patch
 def locate(self: CardSet, position: int): # (shard, row)
     "Which row a position reads."
     epoch, at = divmod(int(position), len(self))
-    shards = [int(s) for s in np_rng("shards", self.seed, epoch).permutation(len(self.counts)) if self.counts[s]]
+    order = np_rng("shards", self.seed, epoch).permutation(len(self.counts))
+    shards = [int(s) for s in order if self.counts[s]]
     for g in range(0, len(shards), self.group):
-        mixed = shards[g:g + self.group]; n = sum(self.counts[s] for s in mixed)
-        if at >= n: at -= n; continue
-        at = int(_order(n, self.seed, epoch, g)[at])
-        for s in mixed:
-            if at < self.counts[s]: return s, at
-            at -= self.counts[s]
+        mixed = shards[g:g + self.group]
+        n = sum(self.counts[s] for s in mixed)
+        if at < n:
+            return self._row_in(mixed, int(_order(n, self.seed, epoch, g)[at]))
+        at -= n
 
+# %% ../nbs/00f_loaders.ipynb #3a5cdafe
+@patch
+def read(self: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
+    "The sample of one row; raises `Skip`."
+    if (shard, row) in self.left_out: raise Skip("in another set")
+    rng = np_rng(self.seed, self.loader.card.name, key)
+    return self.loader.sample(self.tables[shard][row], rng)
+
+@patch
+def _count_skipped(self: CardSet, why):
+    "One row more that was left out; stops the run if there are too many."
+    with self.lock:
+        self.loader.skipped[why] += 1
+        self.loader._check()
+
+# %% ../nbs/00f_loaders.ipynb #ed5b8242
 @patch
 def __getitem__(self: CardSet, position): # A sample
     "The sample at a position; if its row cannot be used, the next one in order that can."
     for k in range(len(self)):
-        try: sample = self.read(*self.locate(position + k), int(position))
+        try:
+            sample = self.read(*self.locate(position + k), int(position))
         except Skip as e:
-            with self.lock: self.loader.skipped[str(e)] += 1; self.loader._check()
+            self._count_skipped(str(e))
             continue
         with self.lock: self.loader.kept += 1
         return sample
     raise self.loader.trouble("no usable rows")
 
-@patch
-def read(self: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
-    if (shard, row) in self.left_out: raise Skip("in another set")
-    return self.loader.sample(self.tables[shard][row], np_rng(self.seed, self.loader.card.name, key))
-
-@lru_cache(maxsize=8)
-def _order(n, seed, epoch, group): return np_rng("rows", seed, epoch, group).permutation(n)
-
 # %% ../nbs/00f_loaders.ipynb #a609a00c
+def _mark_at(card_set, at): # A fingerprint, or None
+    "What identifies the sample of a row, if the row can be used."
+    try:
+        return mark_of(card_set.read(*at, 0))
+    except Skip:
+        return None
+
+def _marks(card_set, name, pool, progress): # Pairs of ([shard, row], fingerprint)
+    "The fingerprints of a whole set, by a few threads."
+    def mark(at): return _mark_at(card_set, at)
+    rows = [[shard, row] for shard, n in enumerate(card_set.counts) for row in range(n)]
+    with tqdm(total=len(rows), desc=f"duplicates in {name}", disable=not progress) as bar:
+        for k in range(0, len(rows), 1000):
+            part = rows[k:k + 1000]
+            bar.update(len(part))
+            yield from zip(part, pool.map(mark, part))
+
+# %% ../nbs/00f_loaders.ipynb #ee1051c0
+def _duplicates(sets, progress): # {name: [[shard, row], ...]}
+    "Rows that an earlier set has brought."
+    for s in sets.values(): s.left_out = set()
+    seen = {}  # fingerprint -> the first set that has it
+    found = {n: [] for n in sets}
+    with ThreadPoolExecutor(4) as pool:
+        for n, s in sets.items():
+            for at, mark in _marks(s, n, pool, progress):
+                if mark is not None and seen.setdefault(mark, n) != n:
+                    found[n].append(at)
+    return found
+
+# %% ../nbs/00f_loaders.ipynb #35326c61
+def _kept(path):
+    "What an earlier run found; nothing, if the file is broken."
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        return {}
+
+def _to_compare(sets): # Names
+    "The sets that name another one that is there, and those that are named."
+    asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
+    def named(n): return any(n in others for others in asked.values())
+    return [n for n in sets if set(asked[n]) & set(sets) or named(n)]
+
+# %% ../nbs/00f_loaders.ipynb #e7a74978
 def leave_out_duplicates(
     sets: dict,             # name -> CardSet
     progress: bool = False,
     keep=None               # File that keeps what was found
 ): # {name: rows left out because an earlier set has them}
     "Compare sets whose cards ask for it, and leave out what an earlier one brings already."
-    asked = {n: s.loader.rules.get("dedup_with", []) for n, s in sets.items()}
-    todo = [n for n in sets if set(asked[n]) & set(sets) or any(n in a for a in asked.values())]
+    todo = _to_compare(sets)
     about = [[n, sets[n].mark, sets[n].counts, sets[n].loader.side] for n in todo]
     kept = _kept(keep) if keep and Path(keep).exists() else {}
-    found = kept["rows"] if kept.get("about") == about else _duplicates({n: sets[n] for n in todo}, progress)
-    if keep and todo and kept.get("about") != about: Path(keep).parent.mkdir(parents=True, exist_ok=True); save_json(dict(about=about, rows=found), keep)
+    known = kept.get("about") == about
+    found = kept["rows"] if known else _duplicates({n: sets[n] for n in todo}, progress)
+    if keep and todo and not known:
+        Path(keep).parent.mkdir(parents=True, exist_ok=True)
+        save_json(dict(about=about, rows=found), keep)
     for n, rows in found.items(): sets[n].left_out = {tuple(r) for r in rows}
     return {n: len(rows) for n, rows in found.items()}
-
-def _kept(path): # what an earlier run found; nothing, if the file is broken
-    try: return json.loads(Path(path).read_text())
-    except ValueError: return {}
-
-def _duplicates(sets, progress): # {name: [[shard, row], ...]}
-    for s in sets.values(): s.left_out = set()
-    def mark(s, at):
-        try: return mark_of(s.read(*at, 0))
-        except Skip: return None
-    seen, found = {}, {n: [] for n in sets}
-    with ThreadPoolExecutor(4) as pool:
-        for n, s in sets.items():
-            rows = [[a, b] for a, c in enumerate(s.counts) for b in range(c)]
-            with tqdm(total=len(rows), desc=f"duplicates in {n}", disable=not progress) as bar:
-                for k in range(0, len(rows), 1000):
-                    part = rows[k:k + 1000]; bar.update(len(part))
-                    for at, m in zip(part, pool.map(lambda at: mark(s, at), part)):
-                        if m is not None and seen.setdefault(m, n) != n: found[n].append(at)
-    return found

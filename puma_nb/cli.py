@@ -27,37 +27,70 @@ from .eval import *
 # %% ../nbs/07_cli.ipynb #2c08af45
 EXAMPLE = "a red circle at the top left and a blue square at the bottom right on a white ground"
 
-def _numbers(path, result):
-    "Write a result as JSON, if a file was named."
-    if not path: return
-    try: Path(path).write_text(json.dumps(result, indent=1))
-    except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    print(f"numbers: {path}")
-
 def _scales(text): # "all", or one of 0..4
     "Scales that the user named."
     return SCALES if str(text) == "all" else (parse_scale(text),)
 
-def _parts(text): # "all", "base", or scales with commas between
-    "Parts of the stage `decoders` that the user named."
-    return PARTS if text == "all" else tuple(dict.fromkeys("base" if p == "base" else parse_scale(p) for p in text.split(",")))
+def _part(text): return "base" if text == "base" else parse_scale(text)
 
+def _parts(text): # "all", "base", or scales with commas between
+    "Parts of the stage `decoders` that the user named, each of them once."
+    if text == "all": return PARTS
+    return tuple(dict.fromkeys(_part(p) for p in text.split(",")))
+
+# %% ../nbs/07_cli.ipynb #32987c64
 def _sets(text): # "laion-2b=DIR,grit=DIR" -> {card: folder}
     "Real sets that the user named."
-    pairs = [p.partition("=") for p in text.split(",")] if text else []
-    if any(not (name and folder) for name, _, folder in pairs): raise UserError(f"cannot read --data {text!r}: write CARD=FOLDER, several with commas between")
+    if not text: return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and folder for name, _, folder in pairs):
+        raise UserError(f"cannot read --data {text!r}: "
+                        "write CARD=FOLDER, several with commas between")
     names = [name.strip() for name, _, _ in pairs]
-    if twice := next((n for n in names if names.count(n) > 1), None): raise UserError(f"--data names {twice} twice: put its files into one folder")
-    return {name.strip(): folder.strip() for name, _, folder in pairs} or None
+    for name in names:
+        if names.count(name) == 1: continue
+        raise UserError(f"--data names {name} twice: put its files into one folder")
+    return {name.strip(): folder.strip() for name, _, folder in pairs}
 
-def _photo(path, side, resize="crop"): return load_image(path, side, resize)[None]
+# %% ../nbs/07_cli.ipynb #ecee68a8
+def _photo(path, side, resize="crop"): # 1 x 3 x side x side
+    return load_image(path, side, resize)[None]
 
 def _save_all(pictures, out): # {scale: n x 3 x H x W, or {number: image}}
     "Write DIR/f4_0.png, ..."
-    files = [save_image(x, out / f"f{i}_{k}.png") for i, xs in pictures.items() for k, x in (xs.items() if isinstance(xs, dict) else enumerate(xs))]
+    files = []
+    for i, images in pictures.items():
+        numbered = images.items() if isinstance(images, dict) else enumerate(images)
+        files += [save_image(x, out / f"f{i}_{k}.png") for k, x in numbered]
     print("\n".join(f"{f}" for f in files))
 
+def _numbers(path, result):
+    "Write a result as JSON, if a file was named."
+    if not path: return
+    try: Path(path).write_text(json.dumps(result, indent=1))
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    print(f"numbers: {path}")
+
 # %% ../nbs/07_cli.ipynb #cdf6ef63
+def _without_window():
+    "Pictures go to files; in a notebook they stay where they are."
+    if "ipykernel" in sys.modules: return
+    import matplotlib
+    matplotlib.use("agg")
+
+def _show_demo(rows, seeds, prompt): # A figure
+    "One row of five pictures for each seed."
+    pictures = [r[i][0] for r in rows for i in COARSE_TO_FINE]
+    titles = [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE]
+    return show_images(pictures, titles * len(rows), cols=5, size=1.9,
+                       rows_titles=[f"seed {s}" for s in seeds], suptitle=prompt)
+
+def _reading(picture): # What the oracle sees
+    scene = read_scene(picture)
+    return caption(scene) if scene.things else "nothing"
+
+# %% ../nbs/07_cli.ipynb #88f8ae56
 def demo(
     prompt: str = EXAMPLE, # What to paint
     model: str = None,     # Folder of a trained system; the shipped weights by default
@@ -68,20 +101,31 @@ def demo(
     json: str = None       # File for the numbers
 ):
     "One prompt at five scales, with two seeds: DIR/demo.png"
-    if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
-    if "ipykernel" not in sys.modules: import matplotlib; matplotlib.use("agg")  # no window; in a notebook pictures stay where they are
-    folder, puma = writable_folder(out), Puma(model)
-    rows = [puma.generate(prompt, SCALES, s, fast, False if plain else None) for s in (seed, seed + 1)]
-    fig = show_images([r[i][0] for r in rows for i in COARSE_TO_FINE], [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE] * 2, cols=5, size=1.9,
-                      rows_titles=[f"seed {s}" for s in (seed, seed + 1)], suptitle=prompt)
+    if not prompt.strip():
+        raise UserError("the prompt is empty: describe a picture")
+    _without_window()
+    folder, puma, seeds = writable_folder(out), Puma(model), (seed, seed + 1)
+    consistent = False if plain else None
+    rows = [puma.generate(prompt, SCALES, s, fast, consistent) for s in seeds]
+    fig = _show_demo(rows, seeds, prompt)
     fig.savefig(folder / "demo.png", dpi=130, bbox_inches="tight")
-    asked = parse_caption(prompt)
-    read = {f"f{i}": caption(s) if (s := read_scene(rows[0][i][0])).things else "nothing" for i in COARSE_TO_FINE}
+    read = {f"f{i}": _reading(rows[0][i][0]) for i in COARSE_TO_FINE}
     for k, v in read.items(): print(f"{k} shows: {v}")
-    _numbers(json, dict(prompt=prompt, read=read, understood=bool(asked.things)))
+    understood = bool(parse_caption(prompt).things)
+    _numbers(json, dict(prompt=prompt, read=read, understood=understood))
     print(f"picture: {folder / 'demo.png'}")
 
 # %% ../nbs/07_cli.ipynb #636b6a90
+def _generate_auto(puma, prompts, seeds, how): # {scale: {number: image}}
+    "Each image at the scale that the model chooses for it."
+    best, chosen = puma.generate_auto(prompts, seeds=seeds, **how)
+    pictures = {}
+    for k, (x, i) in enumerate(zip(best, chosen)):
+        pictures.setdefault(i, {})[k] = x
+    print("chosen by reading the pictures back:", " ".join(f"f{i}" for i in chosen))
+    return pictures
+
+# %% ../nbs/07_cli.ipynb #9a4a2853
 def generate(
     prompt: str,        # What to paint
     scale: str = "2",   # 0..4, all, or auto
@@ -94,18 +138,18 @@ def generate(
     json: str = None    # File for the numbers
 ):
     "Images for a caption: DIR/f4_0.png, ..."
-    if not prompt.strip(): raise UserError("the prompt is empty: describe a picture")
+    if not prompt.strip():
+        raise UserError("the prompt is empty: describe a picture")
     if n < 1: raise UserError("--n must be at least 1")
     scales = None if scale == "auto" else _scales(scale)
-    folder, puma, seeds = writable_folder(out), Puma(model), list(range(seed, seed + n))
+    folder, puma = writable_folder(out), Puma(model)
+    prompts, seeds = [prompt] * n, list(range(seed, seed + n))
     how = dict(fast=fast, consistent=False if plain else None)
-    if scales: pictures = puma.generate([prompt] * n, scales, seeds, **how)
-    else:
-        best, chosen = puma.generate_auto([prompt] * n, seeds=seeds, **how); pictures = {}
-        for k, (x, i) in enumerate(zip(best, chosen)): pictures.setdefault(i, {})[k] = x
-        print("chosen by reading the pictures back:", " ".join(f"f{i}" for i in chosen))
+    if scales: pictures = puma.generate(prompts, scales, seeds, **how)
+    else: pictures = _generate_auto(puma, prompts, seeds, how)
     _save_all(pictures, folder)
-    _numbers(json, dict(prompt=prompt, scales=sorted(pictures), tokens={f"f{i}": tokens_until(i) for i in pictures}, seeds=seeds))
+    tokens = {f"f{i}": tokens_until(i) for i in pictures}
+    _numbers(json, dict(prompt=prompt, scales=sorted(pictures), tokens=tokens, seeds=seeds))
 
 # %% ../nbs/07_cli.ipynb #d9abfa48
 def edit(
@@ -124,10 +168,13 @@ def edit(
     if n < 1: raise UserError("--n must be at least 1")
     i, folder, puma = parse_scale(scale), writable_folder(out), Puma(model)
     x = _photo(image, puma.side)
-    edited = [puma.edit(x, instruction, (i,), seed + k, fast, False if plain else None)[i][0] for k in range(n)]
-    files = [save_image(y, folder / f"edit_{k}.png") for k, y in enumerate(edited)]
-    print("\n".join(map(str, files)))
-    _numbers(json, dict(instruction=instruction, scale=i, files=list(map(str, files))))
+    consistent = False if plain else None
+    edited = []
+    for s in range(seed, seed + n):
+        edited.append(puma.edit(x, instruction, (i,), s, fast, consistent)[i][0])
+    files = [str(save_image(y, folder / f"edit_{k}.png")) for k, y in enumerate(edited)]
+    print("\n".join(files))
+    _numbers(json, dict(instruction=instruction, scale=i, files=files))
 
 # %% ../nbs/07_cli.ipynb #10d40f77
 def ask(
@@ -137,11 +184,21 @@ def ask(
     json: str = None    # File for the answer
 ):
     "Answer a question about an image."
-    if not question.strip(): raise UserError("the question is empty: ask something")
+    if not question.strip():
+        raise UserError("the question is empty: ask something")
     puma = Puma(model)
     answer = puma.ask(_photo(image, puma.side), question)[0]
-    print(answer); _numbers(json, dict(question=question, answer=answer))
+    print(answer)
+    _numbers(json, dict(question=question, answer=answer))
 
+# %% ../nbs/07_cli.ipynb #0ec683b4
+def _closeness(picture, original, i): # One row of numbers
+    "How close the picture of scale i comes to the original."
+    near = round(float(psnr(picture, original)), 3)
+    lpips = round(float(lpips_distance(picture, original)), 4)
+    return dict(scale=f"f{i}", tokens=TOKENS[i], psnr=near, lpips=lpips)
+
+# %% ../nbs/07_cli.ipynb #1b7c6042
 def reconstruct(
     image: str,         # A picture
     scale: str = "all", # 0..4, or all
@@ -154,32 +211,67 @@ def reconstruct(
     "Encode an image and decode it at each scale: DIR/f0.png ... f4.png, PSNR and LPIPS."
     scales, folder, puma = _scales(scale), writable_folder(out), Puma(model)
     x = _photo(image, puma.side, resize)
-    pictures, rows = puma.reconstruct(x, scales, seed), []
-    for i, p in pictures.items():
-        save_image(p[0], folder / f"f{i}.png")
-        rows.append(dict(scale=f"f{i}", tokens=TOKENS[i], psnr=round(float(psnr(p, x)), 3), lpips=round(float(lpips_distance(p, x)), 4)))
-        print(f"f{i}  {TOKENS[i]:3} tokens  PSNR {rows[-1]['psnr']:5.2f} dB  {lpips_net()[1]} {rows[-1]['lpips']:.3f}  {folder / f'f{i}.png'}")
+    rows = []
+    for i, p in puma.reconstruct(x, scales, seed).items():
+        file = save_image(p[0], folder / f"f{i}.png")
+        r = _closeness(p, x, i)
+        print(f"f{i}  {TOKENS[i]:3} tokens  PSNR {r['psnr']:5.2f} dB  "
+              f"{lpips_net()[1]} {r['lpips']:.3f}  {file}")
+        rows.append(r)
     _numbers(json, dict(image=image, rows=rows, lpips=lpips_net()[1]))
 
 # %% ../nbs/07_cli.ipynb #5be2b423
 def _refuse(rules: dict): # {what to say: whether it holds}
     "Stop with the first sentence that holds."
-    if said := next((sentence for sentence, holds in rules.items() if holds), None): raise UserError(said)
+    for sentence, holds in rules.items():
+        if holds: raise UserError(sentence)
 
-def _train_rules(p, stage, parts, images, encoder, llama, data, begun): # begun: whether the stage has a checkpoint to go on from
+def _encoder_rules(p, stage, encoder, llama, images, released):
+    "Rules for a released encoder, as for `_refuse`."
+    alone = encoder and not (llama and images and stage == "encoder")
+    return {
+        "--encoder takes a released encoder: say --stage encoder, --llama and --images, too":
+            alone,
+        f"preset {p.name} trains its own encoder: leave out --encoder, "
+        "or take preset base or paper":
+            encoder and not released,
+        "--llama comes with --encoder in this stage":
+            llama and not encoder and stage == "encoder",
+    }
+
+# %% ../nbs/07_cli.ipynb #6f2a7457
+def _llama_rules(p, stage, llama, released, begun):
+    "Rules for a released language model, as for `_refuse`."
+    return {
+        f"preset {p.name} begins from a released LLaMA: name it with --llama "
+        "(with --resume, too)":
+            stage == "pretrain" and released and not llama and not begun,
+        f"preset {p.name} trains its own language model: leave out --llama, "
+        "or take preset base or paper":
+            llama and not released,
+        "--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)":
+            llama and stage not in ("encoder", "pretrain"),
+    }
+
+# %% ../nbs/07_cli.ipynb #532359dc
+def _train_rules(
+    p, stage, parts, images, encoder, llama, data,
+    begun # Whether the stage has a checkpoint to go on from
+):
     "What `train` refuses, as for `_refuse`."
     released = p.stages["encoder"].steps == 0  # base and paper begin from released models
     return {
-        f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all": stage not in (*STAGES, "all"),
-        "--parts is for --stage decoders": parts != "all" and stage != "decoders",
-        "--encoder takes a released encoder: say --stage encoder, --llama and --images, too": encoder and not (llama and images and stage == "encoder"),
-        f"preset {p.name} trains its own encoder: leave out --encoder, or take preset base or paper": encoder and not released,
-        "--llama comes with --encoder in this stage": llama and not encoder and stage == "encoder",
-        f"preset {p.name} begins from a released LLaMA: name it with --llama (with --resume, too)": stage == "pretrain" and released and not llama and not begun,
-        f"preset {p.name} trains its own language model: leave out --llama, or take preset base or paper": llama and not released,
-        "--llama is for --stage encoder (its tokenizer) or pretrain (where to begin)": llama and stage not in ("encoder", "pretrain"),
-        "--images trains the stages autoencoder or decoders, and measures a released encoder; the others need captions": images and not encoder and stage not in ("autoencoder", "decoders"),
-        "--data is for --stage pretrain or instruct": data and stage not in ("pretrain", "instruct"),
+        f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}, all":
+            stage not in (*STAGES, "all"),
+        "--parts is for --stage decoders":
+            parts != "all" and stage != "decoders",
+        **_encoder_rules(p, stage, encoder, llama, images, released),
+        **_llama_rules(p, stage, llama, released, begun),
+        "--images trains the stages autoencoder or decoders, and measures a released encoder; "
+        "the others need captions":
+            images and not encoder and stage not in ("autoencoder", "decoders"),
+        "--data is for --stage pretrain or instruct":
+            data and stage not in ("pretrain", "instruct"),
     }
 
 # %% ../nbs/07_cli.ipynb #b7fa6265
@@ -189,20 +281,26 @@ def train(
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
     stretch: float = 1.0,   # Multiplies the steps of every stage
-    parts: str = "all",     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
-    images: str = None,     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
+    # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
+    parts: str = "all",
+    # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
+    images: str = None,
     encoder: str = None,    # Presets base and paper: a released CLIP, as a folder or hf:NAME
     llama: str = None,      # Presets base and paper: a released LLaMA, as a folder or hf:NAME
-    data: str = None,       # Real sets for pretrain or instruct, by their cards: laion-2b=DIR,ocr-vqa-200k=hub,my-set.md=DIR
+    # Real sets for pretrain or instruct, by their cards:
+    # laion-2b=DIR,ocr-vqa-200k=hub,my-set.md=DIR
+    data: str = None,
     cache: str = None,      # Folder that keeps features and latents from run to run
     compile: store_true = False, # torch.compile: slow to start, faster steps
     checkpointing: store_true = False, # Recompute activations: less memory, a third more work
     accumulate: int = 1,    # Micro-batches a step: less memory, the same gradient
     ahead: int = None,      # Batches prepared while a step computes; 2 with --data or a GPU, else 0
     float32: store_true = False, # No bfloat16
-    shard: store_true = False, # Divide weights, gradients and moments among the processes of torchrun
+    # Divide weights, gradients and moments among the processes of torchrun
+    shard: store_true = False,
     bad_step: str = "stop", # stop, or skip: a gradient that is not finite, or a spike
-    spike: float = 0.0,     # A gradient this many times its running mean is a spike; 0 looks for none
+    # A gradient this many times its running mean is a spike; 0 looks for none
+    spike: float = 0.0,
     save_every: int = 400,  # Steps between checkpoints
     norms: int = 0,         # Steps between gradient norms of single terms; 0 measures none
     tensorboard: store_true = False, # Write the logs for TensorBoard, too
@@ -212,57 +310,104 @@ def train(
 ):
     "Train a system, stage by stage; interrupted runs go on with --resume."
     if not 0 < stretch < math.inf: raise UserError("--stretch must be positive")
-    p = get_preset(preset); p = stretched(p, stretch) if stretch != 1 else p
-    _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, stage in STAGES and read_stage(Path(out), stage)))
-    folder, names = writable_folder(out), tuple(STAGES) if stage == "all" else (stage,)
-    if not resume and any(read_stage(folder, s) for s in names): raise UserError(f"{folder} holds finished stages: add --resume, or choose another --out")
+    p = get_preset(preset)
+    if stretch != 1: p = stretched(p, stretch)
+    begun = stage in STAGES and read_stage(Path(out), stage)
+    _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, begun))
+    folder = writable_folder(out)
+    names = tuple(STAGES) if stage == "all" else (stage,)
+    if not resume: _refuse_finished(folder, names)
     if quiet: datasets.disable_progress_bars()
     p = switched_on(p, compile=compile, checkpointing=checkpointing)
-    how = Run(accumulate, (2 if data or pick_device(device).type == "cuda" else 0) if ahead is None else ahead, not float32, shard, bad_step, spike, save_every, norms, tensorboard)
-    train_system(p, folder, names, seed, resume, device, not quiet, how, autoencoder=dict(images=images), encoder=dict(encoder=encoder, llama=llama, images=images) if encoder else {},
-                 decoders=dict(parts=_parts(parts), images=images, cache=cache), pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
+    if ahead is None:
+        ahead = 2 if data or pick_device(device).type == "cuda" else 0
+    how = Run(accumulate, ahead, not float32, shard, bad_step, spike, save_every, norms,
+              tensorboard)
+    options = _stage_options(images, encoder, llama, parts, cache, data)
+    train_system(p, folder, names, seed, resume, device, not quiet, how, **options)
     end_processes()
-    if not is_main(): return
-    _say_done(folder, preset)
+    if is_main(): _say_done(folder, preset)
 
 # %% ../nbs/07_cli.ipynb #a371baac
+def _refuse_finished(folder, names):
+    "A new run begins in a folder without finished stages."
+    if any(read_stage(folder, s) for s in names):
+        raise UserError(f"{folder} holds finished stages: "
+                        "add --resume, or choose another --out")
+
+def _stage_options(images, encoder, llama, parts, cache, data): # stage -> its options
+    own = dict(encoder=encoder, llama=llama, images=images) if encoder else {}
+    return dict(autoencoder=dict(images=images), encoder=own,
+                decoders=dict(parts=_parts(parts), images=images, cache=cache),
+                pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
+
+# %% ../nbs/07_cli.ipynb #1fde6616
+def _show_gate(name, g):
+    verdict = "ok" if g["passed"] else "missed"
+    return f"{name} {g['value']} ({verdict}, wanted {g['wanted']})"
+
 def _say_done(folder, preset): # the gates of each stage, and what to do next
     for s in STAGES:
-        if r := read_stage(folder, s): print(f"{s:12} {r['seconds'] / 60:5.1f} min   " + "   ".join(f"{k} {g['value']} ({'ok' if g['passed'] else 'missed'}, wanted {g['wanted']})" for k, g in r["gates"].items()))
-    done = next((s for s in ("instruct", "pretrain") if read_stage(folder, s)), None)
-    print(f"system: {folder}   " + (f"try: puma-nb demo --model {folder}" if done else f"next: puma-nb train --preset {preset} --out {folder} --resume"))
+        r = read_stage(folder, s)
+        if not r: continue
+        gates = "   ".join(_show_gate(k, g) for k, g in r["gates"].items())
+        print(f"{s:12} {r['seconds'] / 60:5.1f} min   {gates}")
+    todo = f"next: puma-nb train --preset {preset} --out {folder} --resume"
+    if read_stage(folder, "instruct") or read_stage(folder, "pretrain"):
+        todo = f"try: puma-nb demo --model {folder}"
+    print(f"system: {folder}   {todo}")
 
 # %% ../nbs/07_cli.ipynb #c6f6f600
+def _eval_rules(table, asked, n, images, prompts, lpips, resize, split, stage):
+    "What `evaluate` refuses, as for `_refuse`."
+    known = f"{', '.join(TABLES)}, all"
+    return {
+        "--prompts needs --images: the pictures that were made from them":
+            prompts and not images,
+        f"table {table} needs benchmarks and weights that this version does not run; "
+        f"available: {known}":
+            table in ("2", "3", "4", "5"),
+        f"unknown table {table!r}: choose one of {known}":
+            table not in (*TABLES, "all"),
+        "--lpips and --resize are for --table 1":
+            (lpips != "random" or resize != "squash") and "1" not in asked,
+        "--resize needs --images: the world's scenes are square":
+            resize != "squash" and not images,
+        "--images goes with --table 1, or with --prompts":
+            images and not prompts and table != "1",
+        "--n must be at least 1": n < 1,
+        "--split is for --table world":
+            split is not None and "world" not in asked,
+        f"unknown stage {stage!r}: choose pretrain or instruct":
+            stage not in (None, "pretrain", "instruct"),
+    }
+
+# %% ../nbs/07_cli.ipynb #a4605109
 def evaluate(
     table: str = "world",  # 1, 6, world, or all
     n: int = 200,          # Samples
     model: str = None,     # Folder of a trained system; the shipped weights by default
-    images: str = None,    # Folder, saved dataset or hf:NAME:SPLIT for table 1; with --prompts: pictures to score
+    # Folder, saved dataset or hf:NAME:SPLIT for table 1; with --prompts: pictures to score
+    images: str = None,
     prompts: str = None,   # One caption a line: score the pictures of --images
-    lpips: str = "random", # Trunk of table 1's LPIPS: random, or alexnet (the paper's; torchvision downloads it)
-    resize: str = "squash", # How table 1 makes pictures square: squash (as the released code) or crop
+    # Trunk of table 1's LPIPS: random, or alexnet (the paper's; torchvision downloads it)
+    lpips: str = "random",
+    # How table 1 makes pictures square: squash (as the released code) or crop
+    resize: str = "squash",
     split: str = None,     # Of table world: test (the default), or val for choosing settings
     stage: str = None,     # pretrain: the language model before tuning; by default the tuned one
     seed: int = 0,         # Which samples
     json: str = None       # File for the numbers
 ):
     "A table of the paper, or the world's scores, beside the paper's figures."
-    asked = [] if prompts else list(TABLES) if table == "all" else [table]
-    _refuse({
-        "--prompts needs --images: the pictures that were made from them": prompts and not images,
-        f"table {table} needs benchmarks and weights that this version does not run; available: {', '.join(TABLES)}, all": table in ("2", "3", "4", "5"),
-        f"unknown table {table!r}: choose one of {', '.join(TABLES)}, all": table not in (*TABLES, "all"),
-        "--lpips and --resize are for --table 1": (lpips != "random" or resize != "squash") and "1" not in asked,
-        "--resize needs --images: the world's scenes are square": resize != "squash" and not images,
-        "--images goes with --table 1, or with --prompts": images and not prompts and table != "1",
-        "--n must be at least 1": n < 1,
-        "--split is for --table world": split is not None and "world" not in asked,
-        f"unknown stage {stage!r}: choose pretrain or instruct": stage not in (None, "pretrain", "instruct"),
-    })
+    asked = list(TABLES) if table == "all" else [table]
+    if prompts: asked = []
+    _refuse(_eval_rules(table, asked, n, images, prompts, lpips, resize, split, stage))
     if prompts: results = [score_files(images, prompts)]
     else:
         puma = Puma(model, stage=stage)
-        more = {"1": dict(source=images, resize=resize, trunk=lpips), "6": {}, "world": dict(split=split or "test")}
+        more = {"1": dict(source=images, resize=resize, trunk=lpips), "6": {},
+                "world": dict(split=split or "test")}
         results = [TABLES[t](puma, n, seed, **more[t]) for t in asked]
     for r in results: print(show_table(r), end="\n\n")
     _numbers(json, results[0] if len(results) == 1 else results)
@@ -279,65 +424,142 @@ def plan(
 ):
     "Parameters, memory, operations and days of a preset, before anything runs."
     p = make_plan(get_preset(preset), gpu, gpus, mfu, per_gpu, side)
-    print(show_plan(p)); _numbers(json, p)
+    print(show_plan(p))
+    _numbers(json, p)
 
 # %% ../nbs/07_cli.ipynb #e0e79ac1
+def _stage_seconds(name, stages, report, gflops):
+    "How long a stage takes at a matrix speed, from the report of a run that was timed."
+    speed = report.get("speed") or report["parts"]["base"]
+    parts = ("base", *(f"f{i}" for i in SCALES)) if name == "decoders" else (name,)
+    samples = sum(stages[k].steps * stages[k].batch for k in parts)
+    return samples / speed["samples_per_second"] * speed["ceiling_gflops"] / gflops
+
 def nano_minutes(gflops: float): # Speed of this machine's matrix product
-    "Minutes that training nano takes here: the shipped run's rates, scaled by the two machines' speeds. Reading and evaluation come on top."
+    "Minutes that training nano takes here; reading and evaluation come on top."
+    # The shipped run's rates, scaled by the two machines' speeds
     stages, seconds = get_preset("nano").stages, 0.0
     for name in STAGES:
-        if (r := read_stage(package_dir("weights"), name)) is None: return None
-        speed, parts = r.get("speed") or r["parts"]["base"], ("base", *(f"f{i}" for i in SCALES)) if name == "decoders" else (name,)
-        seconds += sum(stages[k].steps * stages[k].batch for k in parts) / speed["samples_per_second"] * speed["ceiling_gflops"] / gflops
+        report = read_stage(package_dir("weights"), name)
+        if report is None: return None
+        seconds += _stage_seconds(name, stages, report, gflops)
     return seconds / 60
 
+# %% ../nbs/07_cli.ipynb #6e079c03
+_PACKAGES = ("puma-nb", "torch", "transformers", "diffusers", "accelerate")
+
+def _findings(): # {name: value}
+    "What this machine has."
+    device, weights = pick_device(), package_dir("weights")
+    cards = list(package_dir("data_cards").glob("*.md"))
+    return dict(python=platform.python_version(),
+                system=f"{platform.system()} {platform.machine()}",
+                cores=os.cpu_count(),
+                **{name: version(name) for name in _PACKAGES},
+                device=str(device),
+                bf16=has_bf16(device),
+                gflops=round(matmul_ceiling(device) / 1e9),
+                free_disk_gb=round(shutil.disk_usage(".").free / 1e9, 1),
+                weights=(weights / "puma.json").exists(),
+                cards=len(cards))
+
+# %% ../nbs/07_cli.ipynb #c549d7ee
+def _advice(found): # A list of sentences
+    "What is missing, and how to get it."
+    say = []
+    if not found["weights"]:
+        say.append("no shipped weights: train them with "
+                   "puma-nb train --preset nano --out DIR and use --model DIR")
+    minutes = nano_minutes(found["gflops"])
+    if minutes:
+        say.append(f"preset nano trains in about {minutes:.0f} minutes here, evaluation not "
+                   "counted (judged by the shipped run and this machine's matrix product)")
+    if found["device"] == "cpu":
+        say.append("no GPU: presets pico and nano run here")
+    if not found["bf16"]:
+        say.append("no fast bfloat16 here: everything runs in float32, more slowly")
+    if found["free_disk_gb"] < 2:
+        say.append("less than 2 GB of disk: training writes about 0.3 GB of checkpoints")
+    return say
+
+# %% ../nbs/07_cli.ipynb #a62a3919
 def doctor(
     json: str = None # File for the findings
 ):
     "What this machine can run, what is missing, how to get it."
-    found = dict(python=platform.python_version(), system=f"{platform.system()} {platform.machine()}", cores=os.cpu_count(), **{m: version(m) for m in ("puma-nb", "torch", "transformers", "diffusers", "accelerate")},
-                 device=str(pick_device()), bf16=has_bf16(pick_device()), gflops=round(matmul_ceiling(pick_device()) / 1e9), free_disk_gb=round(shutil.disk_usage(".").free / 1e9, 1))
-    weights = package_dir("weights"); found["weights"] = (weights / "puma.json").exists(); found["cards"] = len(list(package_dir("data_cards").glob("*.md")))
+    found = _findings()
     for k, v in found.items(): print(f"{k:14} {v}")
-    say = []
-    if not found["weights"]: say.append("no shipped weights: train them with puma-nb train --preset nano --out DIR and use --model DIR")
-    if minutes := nano_minutes(found["gflops"]): say.append(f"preset nano trains in about {minutes:.0f} minutes here, evaluation not counted (judged by the shipped run and this machine's matrix product)")
-    if found["device"] == "cpu": say.append("no GPU: presets pico and nano run here")
-    if not found["bf16"]: say.append("no fast bfloat16 here: everything runs in float32, more slowly")
-    if found["free_disk_gb"] < 2: say.append("less than 2 GB of disk: training writes about 0.3 GB of checkpoints")
-    for s in say: print("note:", s)
-    _numbers(json, dict(found, notes=say))
+    notes = _advice(found)
+    for s in notes: print("note:", s)
+    _numbers(json, dict(found, notes=notes))
 
 # %% ../nbs/07_cli.ipynb #a2250efe
-COMMANDS = dict(demo=demo, generate=generate, edit=edit, ask=ask, reconstruct=reconstruct, train=train, eval=evaluate, plan=plan, doctor=doctor)
+COMMANDS = dict(demo=demo, generate=generate, edit=edit, ask=ask, reconstruct=reconstruct,
+                train=train, eval=evaluate, plan=plan, doctor=doctor)
 
 def usage():
     "The list of commands."
-    return "\n".join(["usage: puma-nb COMMAND [options]   (puma-nb COMMAND --help shows them)", ""] + [f"  {k:12} {f.__doc__.splitlines()[0]}" for k, f in COMMANDS.items()])
+    lines = ["usage: puma-nb COMMAND [options]   (puma-nb COMMAND --help shows them)", ""]
+    for k, f in COMMANDS.items():
+        lines.append(f"  {k:12} {f.__doc__.splitlines()[0]}")
+    return "\n".join(lines)
 
+def _say(message, code): # The exit code
+    "One line for the user."
+    print(message, file=sys.stderr)
+    return code
+
+# %% ../nbs/07_cli.ipynb #ac1c0e92
+def _option(word): # --bad-step=skip is --bad_step=skip
+    if not word.startswith("--"): return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+def _parse(name, words): # Keyword arguments of the command
+    "Read a command's options; a mistake in them is the user's error."
+    def wrong(message):
+        raise UserError(f"{message} (puma-nb {name} --help shows the options)")
+    parser = anno_parser(COMMANDS[name], f"puma-nb {name}")
+    parser.error = wrong
+    options = vars(parser.parse_args([_option(word) for word in words]))
+    return {k: v for k, v in options.items() if k not in ("pdb", "xtra")}
+
+# %% ../nbs/07_cli.ipynb #c566ee6f
+# A full or protected disk: the user's to mend
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+def _run(name, words): # Exit code
+    "Run a command; what the user can mend, or asked for, is one line."
+    try:
+        COMMANDS[name](**_parse(name, words))
+        return 0
+    except UserError as e: return _say(f"puma-nb {name}: {e}", 2)
+    except OSError as e:
+        if e.errno not in _DISK: raise
+        return _say(f"puma-nb {name}: {e.filename or 'a file'}: {e.strerror}", 2)
+    except Interrupted as e: return _say(f"puma-nb {name}: {e}", 130)
+    except KeyboardInterrupt:
+        return _say(f"\npuma-nb {name}: interrupted", 130)
+
+# %% ../nbs/07_cli.ipynb #5fc1f585
 def main(argv=None): # Exit code
     "Run one command; a user's error is one line and exit code 2."
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0 if argv else 2
-    if argv[0] in ("--version", "version"): print(version("puma-nb")); return 0
-    if argv[0] not in COMMANDS: print(f"puma-nb: unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr); return 2
-    warnings.filterwarnings("ignore", category=FutureWarning); warnings.filterwarnings("ignore", category=UserWarning)
-    command = COMMANDS[argv[0]]
-    parser = anno_parser(command, f"puma-nb {argv[0]}")
-    def wrong(message): raise UserError(f"{message} (puma-nb {argv[0]} --help shows the options)")
-    parser.error = wrong
-    try:
-        given = [a if not a.startswith("--") else "--" + "=".join([a[2:].split("=")[0].replace("-", "_"), *a.split("=", 1)[1:]]) for a in argv[1:]]  # --bad-step is --bad_step
-        options = vars(parser.parse_args(given))
-        command(**{k: v for k, v in options.items() if k not in ("pdb", "xtra")})
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *words = argv
+    if name in ("--version", "version"):
+        print(version("puma-nb"))
         return 0
-    except UserError as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 2
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
-        print(f"puma-nb {argv[0]}: {e.filename or 'a file'}: {e.strerror}", file=sys.stderr); return 2
-    except Interrupted as e: print(f"puma-nb {argv[0]}: {e}", file=sys.stderr); return 130
-    except KeyboardInterrupt: print(f"\npuma-nb {argv[0]}: interrupted", file=sys.stderr); return 130
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        return _say(f"puma-nb: unknown command {name!r}; commands: {known}", 2)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    return _run(name, words)
 
 # %% ../nbs/07_cli.ipynb #b7e5b3d7
 #| eval: false
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    sys.exit(main())

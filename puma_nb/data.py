@@ -29,47 +29,76 @@ from .world import *
 
 # %% ../nbs/00b_data.ipynb #71802976
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")  # A.2.4
+          "The assistant gives helpful, detailed, and polite answers to the user's "
+          "questions.")  # A.2.4
 COLORIZE = "please add colors to the gray image"  # ours, in the manner of A.2.4's example
 
-def text(t: str, supervised: bool): return dict(kind="text", text=t, image=-1, supervised=supervised)
-def image(k: int, supervised: bool): return dict(kind="image", text="", image=k, supervised=supervised)
-def _sample(family, skill, images, segments, scene, answer=""):
-    return dict(family=family, skill=skill, images=images, segments=segments, scene=scene.to_json(), answer=answer)
+def text(t: str, supervised: bool):
+    return dict(kind="text", text=t, image=-1, supervised=supervised)
 
+def image(k: int, supervised: bool):
+    return dict(kind="image", text="", image=k, supervised=supervised)
+
+def _sample(family, skill, images, segments, scene, answer=""):
+    return dict(family=family, skill=skill, images=images, segments=segments,
+                scene=scene.to_json(), answer=answer)
+
+# %% ../nbs/00b_data.ipynb #7bd62a6e
 def t2i_sample(scene, rng): # Text to image: the caption is given, the image is learnt
     "`caption [IMG] image [/IMG]`"
-    return _sample("t2i", "t2i", [draw_scene(scene)], [text(random_caption(scene, rng), False), image(0, True)], scene)
+    segments = [text(random_caption(scene, rng), False), image(0, True)]
+    return _sample("t2i", "t2i", [draw_scene(scene)], segments, scene)
 
 def caption_sample(scene, rng): # Image to text: always the full caption
     "`[IMG] image [/IMG] caption`"
-    return _sample("understand", "caption", [draw_scene(scene)], [image(0, False), text(caption(scene), True)], scene, caption(scene))
+    said = caption(scene)
+    segments = [image(0, False), text(said, True)]
+    return _sample("understand", "caption", [draw_scene(scene)], segments, scene, said)
 
-def question_sample(scene, rng, kinds=("yesno", "what"), turns=1): # None where the scene has no such question
+# %% ../nbs/00b_data.ipynb #65eab5b8
+def question_sample(
+    scene, rng, kinds=("yesno", "what"), turns=1
+): # None where the scene has no such question
     "`system [IMG] image [/IMG] question answer ...`; the loss is on the answers alone (A.2.4)."
     asked = [str(k) for k in rng.choice(kinds, turns)]
-    turns = {qa[0]: qa[1] for k in asked if (qa := question(scene, k, rng))}  # no question twice
-    if not turns: return None
-    talk = [text(t, learn) for q, a in turns.items() for t, learn in ((q, False), (a, True))]
-    return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], [text(SYSTEM, False), image(0, False), *talk], scene, talk[1]["text"])
+    found = [question(scene, k, rng) for k in asked]
+    answers = dict(pair for pair in found if pair)  # no question twice
+    if not answers: return None
+    segments = [text(SYSTEM, False), image(0, False)]
+    for q, a in answers.items():
+        segments += [text(q, False), text(a, True)]
+    first = next(iter(answers.values()))
+    return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], segments, scene, first)
 
 # %% ../nbs/00b_data.ipynb #bb1b3a06
 def edit_sample(scene, rng, kinds=EDITS): # None where the scene does not allow the edit
     "`[IMG] source [/IMG] instruction [IMG] target [/IMG]`"
     kind = str(rng.choice(kinds))
-    if (e := edit(scene, kind, rng)) is None or split_of(e[1]) != split_of(scene): return None  # a target of training is never one of validation
-    return _sample("edit", f"edit_{kind}", [draw_scene(scene), draw_scene(e[1])], [image(0, False), text(e[0], False), image(1, True)], e[1], e[0])
+    found = edit(scene, kind, rng)
+    if found is None: return None
+    instruction, target = found
+    # A target of training is never one of validation
+    if split_of(target) != split_of(scene): return None
+    pictures = [draw_scene(scene), draw_scene(target)]
+    segments = [image(0, False), text(instruction, False), image(1, True)]
+    return _sample("edit", f"edit_{kind}", pictures, segments, target, instruction)
 
-def condition_sample(scene, rng): # With probability 0.5 the instruction goes before the caption (A.2.4)
+def condition_sample(
+    scene, rng
+): # With probability 0.5 the instruction goes before the caption (A.2.4)
     "`[IMG] gray [/IMG] caption [IMG] image [/IMG]`"
     prompt = (f"{COLORIZE}. " if rng.random() < .5 else "") + caption(scene)
     picture = draw_scene(scene)
-    return _sample("condition", "colorize", [to_gray(picture), picture], [image(0, False), text(prompt, False), image(1, True)], scene, prompt)
+    segments = [image(0, False), text(prompt, False), image(1, True)]
+    return _sample("condition", "colorize", [to_gray(picture), picture], segments, scene, prompt)
 
+# %% ../nbs/00b_data.ipynb #e66be4ca
 def read_sample(sign, rng): # Words to read: OCR-VQA, LLaVAR
     "`system [IMG] sign [/IMG] question answer`: as questions are, so that `ask` asks for both"
-    q = "what is written here?" if rng.random() < .3 else f"what {'digit' if sign.words.isdigit() else 'word'} is written?"
-    return _sample("understand", "read", [draw_scene(sign)], [text(SYSTEM, False), image(0, False), text(q, False), text(sign.words, True)], sign, sign.words)
+    what = "digit" if sign.words.isdigit() else "word"
+    q = "what is written here?" if rng.random() < .3 else f"what {what} is written?"
+    segments = [text(SYSTEM, False), image(0, False), text(q, False), text(sign.words, True)]
+    return _sample("understand", "read", [draw_scene(sign)], segments, sign, sign.words)
 
 def passage_sample(scene, rng): # The Pile
     "Text alone; all of it is learnt."
@@ -80,28 +109,43 @@ def passage_sample(scene, rng): # The Pile
 POSITIONS = 224  # A.2: position tokens
 GROUND = "say it with boxes"  # ours: without it, nothing would tell whether boxes are wanted
 
+def _is_box(b):
+    return len(b) == 4 and 0 <= b[0] <= b[2] <= 1 and 0 <= b[1] <= b[3] <= 1
+
 def box_tokens(b): # (x_min, y_min, x_max, y_max) in 0..1 -> "<p12><p30><p100><p120>"
     "A box as four position tokens."
-    if len(b) != 4 or not (0 <= b[0] <= b[2] <= 1 and 0 <= b[1] <= b[3] <= 1): raise UserError(f"not a box: {b}; it wants x_min <= x_max and y_min <= y_max in 0..1")
+    if not _is_box(b):
+        raise UserError(f"not a box: {b}; it wants x_min <= x_max and y_min <= y_max in 0..1")
     return "".join(f"<p{min(POSITIONS - 1, int(v * POSITIONS))}>" for v in b)
 
 def boxes_in(t: str): # "... <p12> <p30> <p100> <p120> ..." -> list of boxes in 0..1
     "The boxes that a text names: each group of four position tokens in a row; others are left out."
-    groups = [[int(v) for v in re.findall(r"<p(\d+)>", g)] for g in re.findall(r"(?:<p\d+>\s*)+", t)]
-    return [tuple((v + .5) / POSITIONS for v in g) for g in groups if len(g) == 4 and max(g) < POSITIONS]
+    boxes = []
+    for group in re.findall(r"(?:<p\d+>\s*)+", t):
+        positions = [int(v) for v in re.findall(r"<p(\d+)>", group)]
+        if len(positions) != 4 or max(positions) >= POSITIONS: continue
+        boxes.append(tuple((v + .5) / POSITIONS for v in positions))
+    return boxes
 
+# %% ../nbs/00b_data.ipynb #9a5c5b41
 def ground_caption(scene): # A caption in which each thing has its box
     "The full caption with boxes in place of places."
-    return " and ".join(f"{article(t.color)} {t.shape} {box_tokens(box(t))}" for t in scene.things) + f" on a {scene.ground} ground"
+    phrases = [f"{article(t.color)} {t.shape} {box_tokens(box(t))}" for t in scene.things]
+    return " and ".join(phrases) + f" on a {scene.ground} ground"
 
 def ground_sample(scene, rng): # Boxes in the prompt, or in the answer, half and half (A.2.2)
     "`caption with boxes [IMG] image [/IMG]`, or `[IMG] image [/IMG] request caption with boxes`"
     t = ground_caption(scene)
-    if rng.random() < .5: return _sample("t2i", "ground_t2i", [draw_scene(scene)], [text(t, False), image(0, True)], scene, t)
-    return _sample("understand", "ground_caption", [draw_scene(scene)], [image(0, False), text(GROUND, False), text(t, True)], scene, t)
+    if rng.random() < .5:
+        segments = [text(t, False), image(0, True)]
+        return _sample("t2i", "ground_t2i", [draw_scene(scene)], segments, scene, t)
+    segments = [image(0, False), text(GROUND, False), text(t, True)]
+    return _sample("understand", "ground_caption", [draw_scene(scene)], segments, scene, t)
 
 # %% ../nbs/00b_data.ipynb #e0f84ac9
-BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, ground=ground_sample, question=question_sample, edit=edit_sample, condition=condition_sample, read=read_sample, passage=passage_sample)
+BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, ground=ground_sample,
+                question=question_sample, edit=edit_sample, condition=condition_sample,
+                read=read_sample, passage=passage_sample)
 
 @dataclass
 class Card:
@@ -113,36 +157,60 @@ class Card:
     about: str = ""         # the card's text
     meta: dict = field(default_factory=dict, repr=False)
 
-FIELDS = ("image", "caption", "question", "answer", "source", "instruction", "target", "boxes")  # what columns may hold
+# What columns may hold
+FIELDS = ("image", "caption", "question", "answer", "source", "instruction", "target", "boxes")
 
+# %% ../nbs/00b_data.ipynb #b2273da3
+def _split_card(path): # (header, text below it)
+    "The two parts of a card's file."
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        raise UserError(f"{path}: no YAML header between two lines of ---")
+    try: return yaml.safe_load(parts[1]) or {}, parts[2].strip()
+    except yaml.YAMLError as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: the header is not YAML ({reason})") from None
+
+def _check_header(path, meta, puma):
+    "What a header must say."
+    missing = []
+    if "pretty_name" not in meta: missing.append("pretty_name")
+    if "stage" not in puma: missing.append("puma.stage")
+    if missing:
+        raise UserError(f"{path}: the header lacks {', '.join(missing)}")
+    standin = puma.get("standin")
+    if standin and standin not in BUILDERS:
+        raise UserError(f"{path}: unknown stand-in {standin!r}")
+
+# %% ../nbs/00b_data.ipynb #49f1404e
 def read_card(path): # A Markdown file with a YAML header
     "Read and check one card."
-    path = Path(path); parts = path.read_text(encoding="utf-8").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip(): raise UserError(f"{path}: no YAML header between two lines of ---")
-    try: meta = yaml.safe_load(parts[1]) or {}
-    except yaml.YAMLError as e: raise UserError(f"{path}: the header is not YAML ({str(e).splitlines()[0]})") from None
+    path = Path(path)
+    meta, about = _split_card(path)
     puma = (meta.get("puma") if isinstance(meta, dict) else None) or {}
-    if missing := [n for n, k, d in (("pretty_name", "pretty_name", meta), ("puma.stage", "stage", puma)) if k not in d]: raise UserError(f"{path}: the header lacks {', '.join(missing)}")
-    if (standin := puma.get("standin") or "") and standin not in BUILDERS: raise UserError(f"{path}: unknown stand-in {standin!r}")
-    meta["puma"] = dict(columns={k: k for k in FIELDS}, filters={}, weight={}, split="train", home="https://(no home is named)") | puma
-    return Card(path.stem, meta["pretty_name"], puma["stage"], standin, parts[2].strip(), meta)
+    _check_header(path, meta, puma)
+    defaults = dict(columns={k: k for k in FIELDS}, filters={}, weight={}, split="train",
+                    home="https://(no home is named)")
+    meta["puma"] = defaults | puma
+    standin = puma.get("standin") or ""
+    return Card(path.stem, meta["pretty_name"], puma["stage"], standin, about, meta)
 
 def load_cards(folder=None): # name -> Card
     "All cards that ship with the package."
-    return {p.stem: read_card(p) for p in sorted(Path(folder or package_dir("data_cards")).glob("*.md"))}
+    folder = Path(folder or package_dir("data_cards"))
+    return {p.stem: read_card(p) for p in sorted(folder.glob("*.md"))}
 
 # %% ../nbs/00b_data.ipynb #1fc2f839
-SAMPLE = Features(dict(family=Value("string"), skill=Value("string"), images=List(ImageFeature()), scene=Value("string"), answer=Value("string"),
-    segments=List(dict(kind=Value("string"), text=Value("string"), image=Value("int32"), supervised=Value("bool")))))
-
-def _png(t):
-    f = io.BytesIO(); to_pil(t.float() / 255).save(f, "PNG", compress_level=1)
-    return dict(bytes=f.getvalue(), path=None)
+_segment = dict(kind=Value("string"), text=Value("string"), image=Value("int32"),
+                supervised=Value("bool"))
+SAMPLE = Features(dict(family=Value("string"), skill=Value("string"), images=List(ImageFeature()),
+                       scene=Value("string"), answer=Value("string"), segments=List(_segment)))
 
 def kind_of_edit(k: int, seed: int = 0, kinds=EDITS): # One of `kinds`
     "The kind of edit that sample k shows: drawn first, then a scene that allows it is looked for."
     return str(np_rng("kind", seed, k).choice(kinds))
 
+# %% ../nbs/00b_data.ipynb #8dca227f
 def world_samples(
     builder: str,          # A key of `BUILDERS`
     n: int,
@@ -152,17 +220,31 @@ def world_samples(
     **kwargs               # For the builder, say kinds=("add",)
 ): # A list of n samples whose images are uint8 tensors
     "Samples of one kind, from scenes 0, 1, 2, ... of a split."
-    out, i, scene_of = [], 0, sample_sign if builder == "read" else sample_scene
+    scene_of = sample_sign if builder == "read" else sample_scene
     edits = kwargs.get("kinds", EDITS)
+    out, i = [], 0
     while len(out) < n:
-        if builder == "edit": kwargs["kinds"] = (kind_of_edit(len(out), seed, edits),)
-        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), np_rng("sample", seed, i, builder), **kwargs)
-        out += [s] if s else []; i += 1
+        if builder == "edit":
+            kwargs["kinds"] = (kind_of_edit(len(out), seed, edits),)
+        rng = np_rng("sample", seed, i, builder)
+        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), rng, **kwargs)
+        if s: out.append(s)
+        i += 1
     return out
+
+# %% ../nbs/00b_data.ipynb #4d847198
+def _png(t):
+    "A tensor as `datasets` stores it: the bytes of a PNG file."
+    f = io.BytesIO()
+    to_pil(t.float() / 255).save(f, "PNG", compress_level=1)
+    return dict(bytes=f.getvalue(), path=None)
 
 def as_dataset(samples): # A `datasets.Dataset` with the columns of `SAMPLE`
     "Samples as rows with PNG images."
-    return Dataset.from_list([{**s, "images": [_png(t) for t in s["images"]]} for s in samples], features=SAMPLE)
+    rows = []
+    for s in samples:
+        rows.append({**s, "images": [_png(t) for t in s["images"]]})
+    return Dataset.from_list(rows, features=SAMPLE)
 
 def pixels(pictures): # PIL images of one size
     "Images of a row as uint8 tensors."
@@ -174,26 +256,55 @@ MAX_BROKEN = 0.1  # ours: with a larger share of unreadable files something else
 
 class _Rows:
     "The images of a `datasets` column, read when they are asked for."
-    def __init__(self, rows, column): self.rows, self.column = rows.select_columns(column).cast_column(column, ImageFeature(decode=False)), column
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, k): v = self.rows[int(k)][self.column] or dict(bytes=None, path=None); return io.BytesIO(v["bytes"]) if v["bytes"] else v["path"]
+    def __init__(self, rows, column):
+        encoded = ImageFeature(decode=False)
+        self.rows = rows.select_columns(column).cast_column(column, encoded)
+        self.column = column
 
+    def __len__(self): return len(self.rows)
+
+    def __getitem__(self, k):
+        v = self.rows[int(k)][self.column] or dict(bytes=None, path=None)
+        return io.BytesIO(v["bytes"]) if v["bytes"] else v["path"]
+
+# %% ../nbs/00b_data.ipynb #2d60f529
+def _open_source(source): # Paths of pictures, or a `datasets.Dataset`
+    "A folder, a saved dataset or a set of the hub."
+    path = Path(source)
+    if str(source).startswith("hf:"):
+        name, _, split = str(source)[3:].partition(":")
+        return load_dataset(name, split=split or "test")
+    if (path / "dataset_info.json").exists(): return load_from_disk(path)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    raise UserError(f"{source}: no such folder (a hub data set is named hf:NAME:SPLIT)")
+
+# %% ../nbs/00b_data.ipynb #60c6d459
 def image_files(source): # A sequence of what `load_image` reads
     "The pictures of a folder, of a saved dataset, or of `hf:NAME:SPLIT`."
-    path = Path(source)
-    try:
-        if str(source).startswith("hf:"):
-            name, _, split = str(source)[3:].partition(":"); rows = load_dataset(name, split=split or "test")
-        elif (path / "dataset_info.json").exists(): rows = load_from_disk(path)
-        elif path.is_dir(): return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        else: raise UserError(f"{source}: no such folder (a hub data set is named hf:NAME:SPLIT)")
+    try: found = _open_source(source)
     except UserError: raise
-    except Exception as e: raise UserError(f"{source}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
-    column = next((k for k, v in rows.features.items() if isinstance(v, ImageFeature)), None)
-    if column is None: raise UserError(f"{source}: no column of images among {', '.join(rows.features)}")
-    return _Rows(rows, column)
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else ""
+        raise UserError(f"{source}: cannot be loaded ({type(e).__name__}: {reason})") from None
+    if isinstance(found, list): return found
+    columns = [k for k, v in found.features.items() if isinstance(v, ImageFeature)]
+    if columns: return _Rows(found, columns[0])
+    raise UserError(f"{source}: no column of images among {', '.join(found.features)}")
 
 # %% ../nbs/00b_data.ipynb #97db2a27
+def _check_broken(source, images, skipped):
+    "No pictures at all, or too many broken ones, is an error."
+    if not images:
+        why = f" ({dict(skipped)})" if skipped else ""
+        raise UserError(f"{source}: no usable images there{why}")
+    broken = sum(v for k, v in skipped.items() if k != "too small")
+    total = broken + len(images)
+    if broken > MAX_BROKEN * total:
+        raise UserError(f"{source}: {broken} of {total} pictures cannot be used "
+                        f"({dict(skipped)}); at most {MAX_BROKEN:.0%} may be broken")
+
+# %% ../nbs/00b_data.ipynb #a34f040b
 def image_set(
     source,               # As for `image_files`
     side: int,            # Pixels of the result
@@ -204,38 +315,59 @@ def image_set(
     progress: bool = False
 ): # (N x 3 x side x side uint8, {reason: number left out})
     "Pictures as one tensor, and what was left out."
-    files = image_files(source); images, skipped = [], Counter()
-    for k in tqdm(np_rng("images", seed).permutation(len(files)), desc="pictures", disable=not progress):
+    files = image_files(source)
+    images, skipped = [], Counter()
+    order = np_rng("images", seed).permutation(len(files))
+    for k in tqdm(order, desc="pictures", disable=not progress):
         if len(images) == n: break
-        try: images.append((load_image(file := files[k], side, resize, min_side) * 255).round().byte())
-        except UserError as e: skipped[str(e).removeprefix(f"{file}: ").split(" (")[0]] += 1
-    broken = sum(v for k, v in skipped.items() if k != "too small")
-    if not images: raise UserError(f"{source}: no usable images there" + (f" ({dict(skipped)})" if skipped else ""))
-    if broken > MAX_BROKEN * (broken + len(images)): raise UserError(f"{source}: {broken} of {broken + len(images)} pictures cannot be used ({dict(skipped)}); at most {MAX_BROKEN:.0%} may be broken")
+        file = files[k]
+        try:
+            picture = load_image(file, side, resize, min_side)
+            images.append((picture * 255).round().byte())
+        except UserError as e:
+            skipped[str(e).removeprefix(f"{file}: ").split(" (")[0]] += 1
+    _check_broken(source, images, skipped)
     return torch.stack(images), dict(skipped)
 
 # %% ../nbs/00b_data.ipynb #cd4ce43b
 SPECIALS = ("<pad>", "<s>", "[IMG]", "[/IMG]", "</s>")
 
 def add_puma_tokens(tokenizer): # Any tokenizer, LLaMA's say
-    "Give a tokenizer what PUMA needs: `[IMG]`, `[/IMG]`, the position tokens, and something to pad with."
+    "Give a tokenizer what PUMA needs: `[IMG]`, `[/IMG]`, position tokens, something to pad with."
     tokenizer.add_special_tokens(dict(additional_special_tokens=["[IMG]", "[/IMG]"]))
-    tokenizer.add_tokens([f"<p{k}>" for k in range(POSITIONS)])  # ordinary tokens: an answer shows them
+    # Position tokens are ordinary ones: an answer shows them
+    tokenizer.add_tokens([f"<p{k}>" for k in range(POSITIONS)])
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+def _world_texts(): # A list of strings
+    "What the world says in its samples."
+    rows = []
+    for builder in ("t2i", "caption", "edit", "condition"):
+        rows += world_samples(builder, 400)
+    rows += world_samples("question", 800, kinds=QUESTIONS)
+    segments = [g for s in rows for g in s["segments"] if g["kind"] == "text"]
+    texts = [g["text"] for g in segments if g["text"] != SYSTEM]
+    return texts + 40 * [SYSTEM]  # one sentence must not take all merges
+
+# %% ../nbs/00b_data.ipynb #38ac12ea
 def train_tokenizer(
     vocab_size: int,
     texts=None       # Iterable of strings; None takes the world's own
 ): # A `PreTrainedTokenizerFast`
     "A byte-level BPE tokenizer with PUMA's special tokens."
-    if texts is None:
-        rows = [s for b in ("t2i", "caption", "edit", "condition") for s in world_samples(b, 400)] + world_samples("question", 800, kinds=QUESTIONS)
-        texts = [g["text"] for s in rows for g in s["segments"] if g["kind"] == "text" and g["text"] != SYSTEM] + 40 * [SYSTEM]  # one sentence must not take all merges
+    if texts is None: texts = _world_texts()
     core = Tokenizer(models.BPE())
-    core.normalizer, core.pre_tokenizer, core.decoder = normalizers.Lowercase(), pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return add_puma_tokens(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS),
+                                  initial_alphabet=letters, show_progress=False)
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>",
+                                        eos_token="</s>", pad_token="<pad>")
+    return add_puma_tokens(tokenizer)
 
 def to_ids(tokenizer, t: str): # List of ids
     "The numbers of a text; special tokens that someone wrote into it stay mere letters."
@@ -243,7 +375,8 @@ def to_ids(tokenizer, t: str): # List of ids
 
 # %% ../nbs/00b_data.ipynb #a0464ebe
 @lru_cache(maxsize=16)
-def _permutation(n, seed, epoch): return np_rng("order", seed, epoch).permutation(n)
+def _permutation(n, seed, epoch):
+    return np_rng("order", seed, epoch).permutation(n)
 
 def sample_ids(
     positions,    # Global sample positions
@@ -253,25 +386,36 @@ def sample_ids(
     "Which sample each position of the run reads: every epoch visits each sample once."
     return np.array([_permutation(n, seed, int(p) // n)[int(p) % n] for p in positions])
 
+# %% ../nbs/00b_data.ipynb #150c1f9a
 MIXED = 1000  # ours: positions of a block, in which every set has its exact share
 
+def _drawn_before(block, edges): # How often each set was drawn before this block
+    return np.diff(np.floor(block * MIXED * edges + 1e-6)).astype(int)
+
 @lru_cache(maxsize=16)
-def _mixed(block, weights, seed): # (set of each position of the block, how many of that set came before it)
+def _mixed(block, weights, seed):
+    "The set of each position of a block, and how many of that set came before it."
     edges = np.concatenate([[0], np.cumsum(weights)]) / sum(weights)
-    before, after = (np.diff(np.floor(k * MIXED * edges + 1e-6)).astype(int) for k in (block, block + 1))
-    if (after < before).any() or min(weights) < 2 / MIXED * sum(weights): raise UserError(f"a share of a mixture is below {2 / MIXED}: leave the set out")
-    order = np_rng("mixture", seed, block).permutation(np.repeat(np.arange(len(weights)), after - before))
+    before, after = _drawn_before(block, edges), _drawn_before(block + 1, edges)
+    if (after < before).any() or min(weights) < 2 / MIXED * sum(weights):
+        raise UserError(f"a share of a mixture is below {2 / MIXED}: leave the set out")
+    sets = np.repeat(np.arange(len(weights)), after - before)
+    order = np_rng("mixture", seed, block).permutation(sets)
     return order, np.array([before[k] + (order[:j] == k).sum() for j, k in enumerate(order)])
 
+# %% ../nbs/00b_data.ipynb #83bf2b87
 def draw(
     positions,       # Global sample positions
     weights: dict,   # name -> share
     seed: int = 0
 ): # (name, number of this draw from it) for each position
-    "Which data set each position reads from, and how often that one was drawn before: so each set is read in its own order, nothing twice and nothing left out."
-    names, w, out = list(weights), tuple(float(v) for v in weights.values()), []
+    "Which data set each position reads from, and how often that one was drawn before."
+    names = list(weights)
+    shares = tuple(float(v) for v in weights.values())
+    out = []
     for p in positions:
-        order, nth = _mixed(int(p) // MIXED, w, seed); k = int(p) % MIXED
+        block, k = divmod(int(p), MIXED)
+        order, nth = _mixed(block, shares, seed)
         out.append((names[order[k]], int(nth[k])))
     return out
 

@@ -9,37 +9,69 @@ __all__ = ['PumaProcessor', 'build_processor', 'encode_batch', 'save_mllm', 'loa
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from transformers import AutoConfig, AutoModel, AutoProcessor, BatchFeature, CLIPImageProcessor, LlamaForCausalLM, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import BatchFeature, CLIPImageProcessor, LlamaForCausalLM, ProcessorMixin
 from .core import *
 from .data import *
 from .pyramid import *
 from .mllm import *
 
+# %% ../nbs/03a_processor.ipynb #87cfb42a
+def _check_sample(sample, n): # n: its images
+    "A sample needs words in its texts, and each image that it names."
+    segments = sample["segments"] or ()
+    empty = any(g["kind"] == "text" and not g["text"].strip() for g in segments)
+    if not segments or empty:
+        raise UserError("a sample without segments, or with an empty text")
+    named = [g["image"] for g in segments if g["kind"] == "image"]
+    if all(0 <= k < n for k in named): return
+    raise UserError(f"a segment names an image that its sample does not have ({n} images)")
+
+def _moved_on(segment, n):
+    "The segment, if n images of other samples stand before those of its own."
+    if segment["kind"] != "image": return segment
+    return {**segment, "image": segment["image"] + n}
+
+# %% ../nbs/03a_processor.ipynb #1ebf2400
+def _as_samples(samples):
+    "A list of samples from one or several, each of them a sample or a string."
+    if isinstance(samples, (str, dict)): samples = [samples]
+    out = []
+    for s in samples:
+        out.append(dict(segments=[text(s, False)]) if isinstance(s, str) else s)
+    return out
+
 # %% ../nbs/03a_processor.ipynb #ba506284
 class PumaProcessor(ProcessorMixin):
     "Samples of text and images -> a batch with masks."
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs): super().__init__(image_processor, tokenizer, **kwargs)
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(
-        self, samples,           # Each with `segments`, and `images` (PIL, or 3 x H x W uint8) if segments refer to any; or a string to paint
+        self,
+        # Each with `segments`, and `images` (PIL, or 3 x H x W uint8) if segments refer to any;
+        # or a string to paint
+        samples,
         stop: int = 0,           # Supervised images end after this scale
         read: int = 0,           # Images that are only read end after this one
         paint: bool = False,     # Open an image at the end: a prompt
         left: bool = False       # Pad on the left, for generation
-    ): # BatchFeature: ids, mask, slot, learn, image (B x L), and pixel_values where there are images
+    ): # BatchFeature: ids, mask, slot, learn, image (B x L), and pixel_values if there are images
         "One padded batch."
-        samples = [dict(segments=[text(s, False)]) if isinstance(s, str) else s for s in ([samples] if isinstance(samples, (str, dict)) else samples)]
         images, rows = [], []
-        for s in samples:
+        for s in _as_samples(samples):
             own = list(s.get("images") or ())
-            if not s["segments"] or any(g["kind"] == "text" and not g["text"].strip() for g in s["segments"]): raise UserError("a sample without segments, or with an empty text")
-            if any(g["kind"] == "image" and not 0 <= g["image"] < len(own) for g in s["segments"]): raise UserError(f"a segment names an image that its sample does not have ({len(own)} images)")
-            rows.append(build_sequence([{**g, "image": g["image"] + len(images)} if g["kind"] == "image" else g for g in s["segments"]], self.tokenizer, stop, read, close=not paint))
+            _check_sample(s, len(own))
+            segments = [_moved_on(g, len(images)) for g in s["segments"]]
+            rows.append(build_sequence(segments, self.tokenizer, stop, read, close=not paint))
             if paint: rows[-1].add([image_ids(self.tokenizer)[0]], False)
             images += own
         b = pad_sequences(rows, self.tokenizer.pad_token_id, left)
-        if images: b["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        if images: b["pixel_values"] = self._pixel_values(images)
         return BatchFeature(b)
+
+    def _pixel_values(self, images):
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
 # %% ../nbs/03a_processor.ipynb #95e84751
 def build_processor(preset: Preset, tokenizer): # A `PumaProcessor`
@@ -47,17 +79,28 @@ def build_processor(preset: Preset, tokenizer): # A `PumaProcessor`
     side = dict(height=preset.encoder.image_size, width=preset.encoder.image_size)
     return PumaProcessor(CLIPImageProcessor(size=side, resample=2, do_center_crop=False), tokenizer)
 
+def _features(pixels, encoder): # N x 256 x C on the CPU
+    device = next(encoder.parameters()).device
+    return encoder(pixel_values=pixels.to(device)).last_hidden_state[:, 1:].cpu()
+
 def encode_batch(b, encoder, stats: FeatureStats): # A batch for the model
     "Encode the pixels of a processor's batch and put their features where the image tokens stand."
-    b = dict(b); pixels = b.pop("pixel_values", None)
-    f0 = torch.zeros(1, TOKENS[0], stats.mean.shape[1]) if pixels is None else encoder(pixel_values=pixels.to(next(encoder.parameters()).device)).last_hidden_state[:, 1:].cpu()
+    b = dict(b)
+    pixels = b.pop("pixel_values", None)
+    if pixels is None: f0 = torch.zeros(1, TOKENS[0], stats.mean.shape[1])
+    else: f0 = _features(pixels, encoder)
     return add_features(b, FeatureStore(f0.detach(), stats))
 
+# %% ../nbs/03a_processor.ipynb #8e43c778
 def save_mllm(model, tokenizer, folder):
     "Save language model and processor as `transformers` does."
-    with quietly(): model.cpu().save_pretrained(folder); build_processor(get_preset(model.config.preset), tokenizer).save_pretrained(folder)
+    with quietly():
+        model.cpu().save_pretrained(folder)
+        build_processor(get_preset(model.config.preset), tokenizer).save_pretrained(folder)
 
-AutoConfig.register("puma", PumaConfig); AutoModel.register(PumaConfig, PumaForConditionalGeneration); AutoProcessor.register(PumaConfig, PumaProcessor)
+AutoConfig.register("puma", PumaConfig)
+AutoModel.register(PumaConfig, PumaForConditionalGeneration)
+AutoProcessor.register(PumaConfig, PumaProcessor)
 
 # %% ../nbs/03a_processor.ipynb #82193e91
 def load_mllm(
@@ -67,12 +110,28 @@ def load_mllm(
 ): # (model, tokenizer)
     "The language model of a trained system."
     root = Path(model_dir or package_dir("weights"))
-    path = root / (stage or ("instruct" if (root / "instruct" / "config.json").exists() else "pretrain"))
-    if not (path / "config.json").exists(): raise UserError(f"{path}: no language model there; train one with: puma-nb train --stage pretrain --out DIR")
-    with reading(path, "language model"), quietly(): model, processor = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32), PumaProcessor.from_pretrained(path)
+    tuned = (root / "instruct" / "config.json").exists()
+    path = root / (stage or ("instruct" if tuned else "pretrain"))
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no language model there; "
+                        "train one with: puma-nb train --stage pretrain --out DIR")
+    with reading(path, "language model"), quietly():
+        model = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        processor = PumaProcessor.from_pretrained(path)
     return model.to(pick_device(device)).eval(), processor.tokenizer
 
 # %% ../nbs/03a_processor.ipynb #a02d25c7
+def _load_llama(folder, size): # size: of the vocabulary it must have room for
+    "A LLaMA checkpoint in float32, its word embeddings grown to `size`."
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(f"{folder}: no LLaMA checkpoint there (config.json is missing)")
+    with quietly():
+        llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if size > llama.config.vocab_size:
+        llama.resize_token_embeddings(size, mean_resizing=True)
+    return llama
+
+# %% ../nbs/03a_processor.ipynb #976f0c53
 @patch(cls_method=True)
 def from_llama(
     cls: PumaForConditionalGeneration,
@@ -83,10 +142,11 @@ def from_llama(
     read_scale: int = 2
 ):
     "A multi-granular model around an existing language model."
-    if not (Path(folder) / "config.json").exists(): raise UserError(f"{folder}: no LLaMA checkpoint there (config.json is missing)")
-    with quietly(): llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if len(tokenizer) > llama.config.vocab_size: llama.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    model = cls(PumaConfig(llama.config.to_dict(), stats.mean.shape[1], preset, read_scale, image_ids(tokenizer), tie_word_embeddings=llama.config.tie_word_embeddings))
+    llama = _load_llama(folder, len(tokenizer))
+    c, width = llama.config, stats.mean.shape[1]
+    model = cls(PumaConfig(c.to_dict(), width, preset, read_scale, image_ids(tokenizer),
+                           tie_word_embeddings=c.tie_word_embeddings))
     model.language_model.load_state_dict(llama.state_dict())
-    model.feature_mean.copy_(stats.mean); model.feature_std.copy_(stats.std)
+    model.feature_mean.copy_(stats.mean)
+    model.feature_std.copy_(stats.std)
     return model.eval()

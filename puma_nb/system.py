@@ -7,7 +7,6 @@ __all__ = ['Puma', 'each', 'pack_weights']
 
 # %% ../nbs/03b_system.ipynb #e7042ce9
 import json, shutil
-from fastcore.basics import patch
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -23,22 +22,32 @@ from .processor import *
 
 # %% ../nbs/03b_system.ipynb #d6012155
 class Puma:
-    "A trained system, from the shipped weights or from a folder of `puma-nb train`. Images are N x 3 x H x W in 0..1, texts a string for all or one for each."
+    """A trained system, from the shipped weights or from a folder of `puma-nb train`.
+    Images are N x 3 x H x W in 0..1, texts a string for all or one for each."""
     def __init__(self, model_dir=None, device=None, stage=None):
         self.dir = Path(model_dir or package_dir("weights"))
-        if not self.dir.is_dir(): raise UserError(f"{self.dir}: no such folder; give a folder written by puma-nb train --out")
+        if not self.dir.is_dir():
+            raise UserError(f"{self.dir}: no such folder; "
+                            "give a folder written by puma-nb train --out")
         self.model, self.tokenizer = load_mllm(self.dir, stage, device)
         self.preset = get_preset(self.model.config.preset)
         self.decoders = Decoders(self.preset, self.dir, device)
-        self.side, self.read = self.preset.encoder.image_size, self.preset.mllm.read_scale
+        self.side = self.preset.encoder.image_size
+        self.read = self.preset.mllm.read_scale
+
+    # What the verbs share
 
     def prompts(self, segments_list, images=None, image=True, read=None): # A left-padded batch
         "Prompts as a batch; `images` are those that the segments refer to."
-        f0 = encode_images(self.decoders.encoder, images) if images is not None else torch.zeros(1, TOKENS[0], self.model.config.feature_size)
-        return prompt_batch(segments_list, self.tokenizer, FeatureStore(f0, self.model.stats), self.read if read is None else read, image, self.model.config.first_scale)
+        read = self.read if read is None else read
+        first = self.model.config.first_scale
+        store = _prompt_store(self, images)
+        return prompt_batch(segments_list, self.tokenizer, store, read, image, first)
 
-    def paint(self, b, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: B x 3 x H x W}
-        "Write images for a batch of prompts, down to the finest of `scales`, and decode the named ones."
+    def paint(
+        self, b, scales=(2,), seeds=0, fast=False, consistent=None
+    ): # {scale: B x 3 x H x W}
+        "Write images for prompts, down to the finest of `scales`, and decode the named ones."
         write = write_scales if fast else write_image
         return self.decode(write(self.model, b, min(scales), consistent=consistent), scales, seeds)
 
@@ -46,95 +55,164 @@ class Puma:
         "Decode the named scales of written pyramids."
         return {i: self.decoders.decode(grids[i], i, seeds) for i in scales}
 
+    # Writing images
+
+    def generate(
+        self,
+        prompts,        # A caption, or a list
+        scales=(2,),    # Scales to decode; writing stops at the finest of them
+        seeds=0,        # One seed, or one for each prompt
+        fast=False,     # Write whole scales at once
+        consistent=None # Make each scale agree with the coarser one; None: as the preset says
+    ): # {scale: N x 3 x H x W in 0..1}
+        "Images for captions."
+        b = self.prompts(_caption_segments(prompts))
+        return self.paint(b, scales, seeds, fast, consistent)
+
+    def edit(
+        self, images, instructions, scales=(2,), seeds=0, fast=False, consistent=None
+    ): # {scale: N x 3 x H x W}
+        "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4)."
+        segments = _edit_segments(images, instructions)
+        b = self.prompts(segments, images, read=min(self.read, *scales))
+        return self.paint(b, scales, seeds, fast, consistent)
+
+    def condition(
+        self, images, captions, scales=(2,), seeds=0, fast=False, consistent=None
+    ): # {scale: N x 3 x H x W}
+        "Colourised images; `images` are gray."
+        asked = _coloring_instructions(images, captions)
+        return self.edit(images, asked, scales, seeds, fast, consistent)
+
+    def reconstruct(self, images, scales=SCALES, seeds=0): # {scale: N x 3 x H x W}
+        "Encode and decode; the language model has no part in it."
+        return self.decoders.reconstruct(images, scales, seeds)
+
+    # Writing text
+
+    def ask(self, images, questions): # List of answers
+        "Answers about images, with the paper's system message (A.2.4)."
+        return _answers(self, images, _question_segments(images, questions))
+
+    def caption(self, images): # List of captions
+        "Captions of images."
+        return _answers(self, images, _image_segments(images))
+
+    def ground(self, images): # List of captions with a box for each thing; `boxes_in` reads them
+        "Captions with boxes."
+        return _answers(self, images, _image_segments(images, text(GROUND, False)))
+
+    # Choosing a scale
+
+    def likelihood(self, images, captions): # N log-probabilities per token
+        "How likely the model finds each caption when it sees the image."
+        return _likelihood(self, images, captions)
+
+    def choose_scale(self, pictures, prompts): # {scale: N x 3 x H x W}, N prompts -> N scales
+        "For each prompt the scale whose picture reads most like it."
+        return _likeliest(self, pictures, prompts)
+
+    def generate_auto(
+        self, prompts, scales=(2, 3, 4), seeds=0, fast=False, consistent=None
+    ): # (N x 3 x H x W, the chosen scale of each)
+        "Write down to the finest of `scales`, keep the picture that reads most like its prompt."
+        prompts = _as_list(prompts)
+        pictures = self.generate(prompts, scales, seeds, fast, consistent)
+        chosen = self.choose_scale(pictures, prompts)
+        return torch.stack([pictures[i][k] for k, i in enumerate(chosen)]), chosen
+
+# %% ../nbs/03b_system.ipynb #b34e1806
+def _prompt_store(puma, images): # A `FeatureStore`
+    "The features of the images that prompts refer to; without images a placeholder."
+    f0 = torch.zeros(1, TOKENS[0], puma.model.config.feature_size)
+    if images is not None: f0 = encode_images(puma.decoders.encoder, images)
+    return FeatureStore(f0, puma.model.stats)
+
 # %% ../nbs/03b_system.ipynb #287f84a3
 def each(texts, images, what): # One text for each image
-    "Texts for images: one string serves all; an empty one, or a wrong number, is the user's error."
+    "Texts for images: one string for all; an empty one, or a wrong number, is the user's error."
     texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
-    if len(texts) != len(images): raise UserError(f"{len(images)} images but {len(texts)} {what}s: give one for each, or one for all")
-    if not all(t.strip() for t in texts): raise UserError(f"the {what} is empty")
+    if len(texts) != len(images):
+        raise UserError(f"{len(images)} images but {len(texts)} {what}s: "
+                        "give one for each, or one for all")
+    if not all(t.strip() for t in texts):
+        raise UserError(f"the {what} is empty")
     return texts
 
 # %% ../nbs/03b_system.ipynb #5b19a8ef
-@patch
-def generate(
-    self: Puma,
-    prompts,        # A caption, or a list
-    scales=(2,),    # Scales to decode; writing stops at the finest of them
-    seeds=0,        # One seed, or one for each prompt
-    fast=False,     # Write whole scales at once
-    consistent=None # Make each scale agree with the coarser one; None: as the preset says
-): # {scale: N x 3 x H x W in 0..1}
-    "Images for captions."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(p.strip() for p in prompts): raise UserError("the prompt is empty: describe a picture, say \"a red circle at the top left on a white ground\"")
-    b = self.prompts([[text(p, False)] for p in prompts])
-    return self.paint(b, scales, seeds, fast, consistent)
+def _as_list(prompts):
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
-@patch
-def edit(self: Puma, images, instructions, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: N x 3 x H x W}
-    "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4)."
+def _caption_segments(prompts):
+    "`caption`"
+    prompts = _as_list(prompts)
+    if not prompts or not all(p.strip() for p in prompts):
+        raise UserError("the prompt is empty: describe a picture, "
+                        "say \"a red circle at the top left on a white ground\"")
+    return [[text(p, False)] for p in prompts]
+
+def _edit_segments(images, instructions):
+    "`[IMG] source [/IMG] instruction`"
     instructions = each(instructions, images, "instruction")
-    b = self.prompts([[image(k, False), text(i, False)] for k, i in enumerate(instructions)], images, read=min(self.read, *scales))
-    return self.paint(b, scales, seeds, fast, consistent)
+    return [[image(k, False), text(i, False)] for k, i in enumerate(instructions)]
 
-@patch
-def condition(self: Puma, images, captions, scales=(2,), seeds=0, fast=False, consistent=None): # {scale: N x 3 x H x W}
-    "Colourised images; `images` are gray."
-    asked = [f"{COLORIZE}. {c}" for c in each(captions, images, "caption")]
-    return self.edit(images, asked, scales, seeds, fast, consistent)
+def _coloring_instructions(images, captions):
+    "The instruction that asks for colours, and the caption."
+    return [f"{COLORIZE}. {c}" for c in each(captions, images, "caption")]
 
 # %% ../nbs/03b_system.ipynb #1b3968ab
-@patch
-def ask(self: Puma, images, questions): # List of answers
-    "Answers about images, with the paper's system message (A.2.4)."
-    questions = each(questions, images, "question")
-    b = self.prompts([[text(SYSTEM, False), image(k, False), text(q, False)] for k, q in enumerate(questions)], images, image=False)
-    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
+def _question_segments(images, questions):
+    "`system [IMG] image [/IMG] question`"
+    questions, system = each(questions, images, "question"), text(SYSTEM, False)
+    return [[system, image(k, False), text(q, False)] for k, q in enumerate(questions)]
 
-@patch
-def caption(self: Puma, images): # List of captions
-    "Captions of images."
-    b = self.prompts([[image(k, False)] for k in range(len(images))], images, image=False)
-    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
+def _image_segments(images, *request):
+    "`[IMG] image [/IMG]`, and a request if there is one"
+    return [[image(k, False), *request] for k in range(len(images))]
 
-@patch
-def ground(self: Puma, images): # List of captions with a box for each thing; `boxes_in` reads them
-    "Captions with boxes."
-    b = self.prompts([[image(k, False), text(GROUND, False)] for k in range(len(images))], images, image=False)
-    return [self.tokenizer.decode(i).strip() for i in write_text(self.model, b)]
-
-@patch
-def reconstruct(self: Puma, images, scales=SCALES, seeds=0): # {scale: N x 3 x H x W}
-    "Encode and decode; the language model has no part in it."
-    return self.decoders.reconstruct(images, scales, seeds)
+def _answers(puma, images, segments): # List of strings
+    "What the model writes after its prompts."
+    b = puma.prompts(segments, images, image=False)
+    return [puma.tokenizer.decode(i).strip() for i in write_text(puma.model, b)]
 
 # %% ../nbs/03b_system.ipynb #c85a6210
-@patch
 @torch.no_grad()
-def likelihood(self: Puma, images, captions): # N log-probabilities per token
-    "How likely the model finds each caption when it sees the image."
-    rows = [build_sequence([image(k, False), text(c, True)], self.tokenizer, 0, self.read, first=self.model.config.first_scale) for k, c in enumerate(captions)]
-    store = FeatureStore(encode_images(self.decoders.encoder, images), self.model.stats)
+def _likelihood(puma, images, captions): # N log-probabilities per token
+    "Minus the mean text loss of `[IMG] image [/IMG] caption`."
+    store = FeatureStore(encode_images(puma.decoders.encoder, images), puma.model.stats)
+    tokenizer, first = puma.tokenizer, puma.model.config.first_scale
     out = []
-    for s in rows:
-        b = {k: v.to(self.model.device) for k, v in collate([s], store, self.tokenizer.pad_token_id).items()}
-        out.append(-float(loss_terms(self.model, b)["text"]) / max(1, int(targets(b)["text"].sum())))
+    for k, c in enumerate(captions):
+        segments = [image(k, False), text(c, True)]
+        row = build_sequence(segments, tokenizer, 0, puma.read, first=first)
+        batch = collate([row], store, tokenizer.pad_token_id)
+        b = {name: v.to(puma.model.device) for name, v in batch.items()}
+        words = max(1, int(targets(b)["text"].sum()))
+        out.append(-float(loss_terms(puma.model, b)["text"]) / words)
     return out
 
-@patch
-def choose_scale(self: Puma, pictures, prompts): # {scale: N x 3 x H x W}, N prompts -> N scales
-    "For each prompt the scale whose picture reads most like it."
+def _likeliest(puma, pictures, prompts):
+    "Score all scales of all prompts, and take the best of each prompt."
     scales = list(pictures)
-    scores = torch.tensor([self.likelihood(pictures[i], prompts) for i in scales])
+    scores = torch.tensor([puma.likelihood(pictures[i], prompts) for i in scales])
     return [scales[k] for k in scores.argmax(0).tolist()]
 
-@patch
-def generate_auto(self: Puma, prompts, scales=(2, 3, 4), seeds=0, fast=False, consistent=None): # (N x 3 x H x W, the chosen scale of each)
-    "Write down to the finest of `scales`, decode each, keep the picture that reads most like its prompt."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    pictures = self.generate(prompts, scales, seeds, fast, consistent)
-    chosen = self.choose_scale(pictures, prompts)
-    return torch.stack([pictures[i][k] for k, i in enumerate(chosen)]), chosen
+# %% ../nbs/03b_system.ipynb #8b7d310d
+def _ships(path): # path: below the system's folder
+    "Whether a package needs this file: not what only training needs."
+    if {"checkpoints", "base", "samples"} & set(path.parts): return False
+    return path.suffix in (".json", ".safetensors", ".jsonl")
+
+def _pack_file(source, target):
+    "Copy a file, weights in bfloat16; the statistics of the features keep their precision."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix != ".safetensors" or source.name == "feature_stats.safetensors":
+        shutil.copy(source, target)
+        return
+    tensors = load_file(source)
+    for name, v in tensors.items():
+        if v.is_floating_point(): tensors[name] = v.to(torch.bfloat16)
+    save_tensors(tensors, target)
 
 # %% ../nbs/03b_system.ipynb #1d62b906
 def pack_weights(
@@ -144,14 +222,12 @@ def pack_weights(
 ): # Bytes written
     "Copy models in bfloat16 with their logs and stage reports, and write the card's data."
     source, target = Path(source).resolve(), Path(target).resolve()
-    if source == target or target in source.parents or source in target.parents: raise UserError(f"{target} must lie outside of {source}: it is replaced")
-    shutil.rmtree(target, ignore_errors=True); target.mkdir(parents=True)
+    if source == target or target in source.parents or source in target.parents:
+        raise UserError(f"{target} must lie outside of {source}: it is replaced")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for f in sorted(p for p in source.rglob("*") if p.is_file()):
         name = f.relative_to(source)
-        if "checkpoints" in name.parts or "base" in name.parts or "samples" in name.parts or f.suffix not in (".json", ".safetensors", ".jsonl"): continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if f.suffix == ".safetensors" and f.name != "feature_stats.safetensors":
-            save_tensors({k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in load_file(f).items()}, target / name)
-        else: shutil.copy(f, target / name)
+        if _ships(name): _pack_file(f, target / name)
     (target / "puma.json").write_text(json.dumps(about, indent=1))
     return sum(p.stat().st_size for p in target.rglob("*") if p.is_file())

@@ -12,6 +12,7 @@ __all__ = ['SHAPES', 'COLORS', 'GROUNDS', 'PLACES', 'HELD_OUT', 'WORDS', 'STYLES
 # %% ../nbs/00a_world.ipynb #2c5d767a
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,10 +22,15 @@ from .core import *
 
 # %% ../nbs/00a_world.ipynb #7dc74e6b
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS = dict(red=(220, 40, 40), green=(40, 165, 70), blue=(45, 85, 220), yellow=(245, 215, 50), purple=(150, 55, 190), orange=(245, 130, 25))
-GROUNDS = dict(white=(245, 245, 245), gray=(128, 128, 128), navy=(25, 30, 75), pink=(250, 195, 205), sky=(150, 205, 245))
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-HELD_OUT = (("purple", "triangle"), ("orange", "square"))  # never seen in training: tests composition
+COLORS = dict(red=(220, 40, 40), green=(40, 165, 70), blue=(45, 85, 220),
+              yellow=(245, 215, 50), purple=(150, 55, 190), orange=(245, 130, 25))
+GROUNDS = dict(white=(245, 245, 245), gray=(128, 128, 128), navy=(25, 30, 75),
+               pink=(250, 195, 205), sky=(150, 205, 245))
+PLACES = ("top left", "top", "top right",
+          "left", "center", "right",
+          "bottom left", "bottom", "bottom right")
+# Never seen in training: tests composition
+HELD_OUT = (("purple", "triangle"), ("orange", "square"))
 
 # %% ../nbs/00a_world.ipynb #6d4d45b9
 @dataclass(frozen=True)
@@ -42,37 +48,48 @@ class Thing:
         row, col = divmod(PLACES.index(self.place), 3)
         return 0.18 + 0.32 * col + self.dx, 0.18 + 0.32 * row + self.dy
 
+# %% ../nbs/00a_world.ipynb #58b7f8e6
 @dataclass(frozen=True)
 class Scene:
-    "A ground and its things, in reading order, or words to read. `shade` shifts the colours a little: what a caption leaves open."
+    "A ground and its things, in reading order, or words to read."
     ground: str
     things: tuple
-    shade: int = 0
+    shade: int = 0       # shifts the colours a little: what a caption leaves open
     words: str = ""      # a sign: what is written on it
     ink: str = ""        # and in which colour
 
     def to_json(self): return json.dumps(asdict(self))
 
+def _reading_order(things): # A tuple
+    return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
+
 def scene_from_json(text: str):
     "The inverse of `Scene.to_json`."
     d = json.loads(text)
-    return Scene(**{**d, "things": tuple(Thing(**t) for t in d["things"])})
+    d["things"] = tuple(Thing(**t) for t in d["things"])
+    return Scene(**d)
 
 # %% ../nbs/00a_world.ipynb #e39f9a4e
+def _rectangle(cx, cy, w, h):
+    "A rectangle around (cx, cy), 2w wide and 2h high."
+    return [(cx - w, cy - h), (cx + w, cy - h), (cx + w, cy + h), (cx - w, cy + h)]
+
 def _outline(shape, cx, cy, r):
     "Polygons of a shape with radius r around (cx, cy)."
-    if shape == "square": return [[(cx - .86 * r, cy - .86 * r), (cx + .86 * r, cy - .86 * r), (cx + .86 * r, cy + .86 * r), (cx - .86 * r, cy + .86 * r)]]
-    if shape == "triangle": return [[(cx, cy - r), (cx + r, cy + .86 * r), (cx - r, cy + .86 * r)]]
+    if shape == "square": return [_rectangle(cx, cy, .86 * r, .86 * r)]
+    if shape == "triangle":
+        return [[(cx, cy - r), (cx + r, cy + .86 * r), (cx - r, cy + .86 * r)]]
     w = 0.36 * r  # a cross: two bars
-    return [[(cx - w, cy - r), (cx + w, cy - r), (cx + w, cy + r), (cx - w, cy + r)], [(cx - r, cy - w), (cx + r, cy - w), (cx + r, cy + w), (cx - r, cy + w)]]
+    return [_rectangle(cx, cy, w, r), _rectangle(cx, cy, r, w)]
 
 def draw_thing(im, shape: str, center, size: float, color):
     "Draw one shape on a PIL image; `center` and `size` in fractions of its side."
     d, s = ImageDraw.Draw(im), im.width
     cx, cy, r = center[0] * s, center[1] * s, size * s / 2
-    if shape == "circle": d.ellipse((cx - r, cy - r, cx + r, cy + r), fill=color)
-    else:
-        for polygon in _outline(shape, cx, cy, r): d.polygon(polygon, fill=color)
+    if shape == "circle":
+        d.ellipse((cx - r, cy - r, cx + r, cy + r), fill=color)
+        return
+    for polygon in _outline(shape, cx, cy, r): d.polygon(polygon, fill=color)
 
 # %% ../nbs/00a_world.ipynb #d251e779
 def draw_words(im, words: str, color, size: float):
@@ -82,23 +99,34 @@ def draw_words(im, words: str, color, size: float):
     font = ImageFont.load_default(size * s * min(1, 0.92 * s / font.getlength(words)))
     ImageDraw.Draw(im).text((s / 2, s / 2), words, color, font, anchor="mm", stroke_width=s // 80)
 
+# %% ../nbs/00a_world.ipynb #925ca0e8
+def _tint(rgb, shade, where):
+    "A shaded colour. The shade belongs to a place: it stays when other things come and go."
+    shift = np_rng("shade", shade, where).integers(-8, 9, 3) if shade else 0
+    return tuple(int(v) for v in np.clip(np.array(rgb) + shift, 0, 255))
+
 def draw_scene(
     scene: Scene,
     side: int = 32  # Pixels
 ): # 3 x side x side, uint8
     "The picture of a scene."
-    def tint(rgb, where): # a shade belongs to a place, so it stays when other things come and go
-        shift = np_rng("shade", scene.shade, where).integers(-8, 9, 3) if scene.shade else 0
-        return tuple(int(v) for v in np.clip(np.array(rgb) + shift, 0, 255))
-    im = Image.new("RGB", (side * 4, side * 4), tint(GROUNDS[scene.ground], "ground"))
-    for t in scene.things: draw_thing(im, t.shape, t.center, t.size, tint(COLORS[t.color], t.place))
-    if scene.words: draw_words(im, scene.words.upper(), tint(COLORS[scene.ink], "ink"), 0.62 + 0.02 * (scene.shade % 6))
+    background = _tint(GROUNDS[scene.ground], scene.shade, "ground")
+    im = Image.new("RGB", (side * 4, side * 4), background)
+    for t in scene.things:
+        color = _tint(COLORS[t.color], scene.shade, t.place)
+        draw_thing(im, t.shape, t.center, t.size, color)
+    if scene.words:
+        ink = _tint(COLORS[scene.ink], scene.shade, "ink")
+        draw_words(im, scene.words.upper(), ink, 0.62 + 0.02 * (scene.shade % 6))
     return torch.from_numpy(np.array(im.reduce(4))).permute(2, 0, 1)
 
+# %% ../nbs/00a_world.ipynb #b168b72a
 def box(thing: Thing): # (x_min, y_min, x_max, y_max) in 0..1
     "The smallest box around a drawn thing."
     (cx, cy), r = thing.center, thing.size / 2
-    points = [(cx - r, cy - r), (cx + r, cy + r)] if thing.shape == "circle" else [p for polygon in _outline(thing.shape, cx, cy, r) for p in polygon]
+    points = [(cx - r, cy - r), (cx + r, cy + r)]
+    if thing.shape != "circle":
+        points = sum(_outline(thing.shape, cx, cy, r), [])
     xs, ys = zip(*points)
     return tuple(float(np.clip(v, 0, 1)) for v in (min(xs), min(ys), max(xs), max(ys)))
 
@@ -118,40 +146,66 @@ def shape_map(
 # %% ../nbs/00a_world.ipynb #4b03eaca
 def content(scene: Scene): # A hashable description without jitter
     "What a full caption tells about a scene."
-    return scene.ground, tuple(sorted((t.place, t.shape, t.color) for t in scene.things)), *filter(None, (scene.words, scene.ink))
+    things = sorted((t.place, t.shape, t.color) for t in scene.things)
+    return scene.ground, tuple(things), *filter(None, (scene.words, scene.ink))
 
 def split_of(scene: Scene): # "train", "val", "test" or "heldout"
     "The one split that a scene belongs to."
-    if any((t.color, t.shape) in HELD_OUT for t in scene.things): return "heldout"
-    return ("val", "test")[h] if (h := seed_of("split", content(scene)) % 10) < 2 else "train"
+    if any((t.color, t.shape) in HELD_OUT for t in scene.things):
+        return "heldout"
+    tenth = seed_of("split", content(scene)) % 10
+    return {0: "val", 1: "test"}.get(tenth, "train")
 
+# %% ../nbs/00a_world.ipynb #ed6731a4
 def _touch(a, b): # direct neighbours among the 3 x 3 places
-    (r, c), (s, d) = (divmod(PLACES.index(p), 3) for p in (a, b))
-    return abs(r - s) + abs(c - d) <= 1
+    row, col = divmod(PLACES.index(a), 3)
+    other_row, other_col = divmod(PLACES.index(b), 3)
+    return abs(row - other_row) + abs(col - other_col) <= 1
 
 def _freedom(n): # (smallest size, largest size, jitter), as shares of the image's side
     "What a caption leaves open; two things must not touch."
     return (0.34, 0.42, 0.03) if n == 1 else (0.32, 0.35, 0.012)
 
+def _vary(thing, rng, low, high, jitter):
+    "A thing with another size, elsewhere in its place."
+    size = float(rng.uniform(low, high))
+    dx = float(rng.uniform(-jitter, jitter))
+    dy = float(rng.uniform(-jitter, jitter))
+    return replace(thing, size=size, dx=dx, dy=dy)
+
 def redraw(scene: Scene, rng): # A scene with the same content
     "The same full caption, drawn anew: other sizes, another jitter, another shade."
-    lo, hi, j = _freedom(len(scene.things))
-    things = tuple(replace(t, size=float(rng.uniform(lo, hi)), dx=float(rng.uniform(-j, j)), dy=float(rng.uniform(-j, j))) for t in scene.things)
+    freedom = _freedom(len(scene.things))
+    things = tuple(_vary(t, rng, *freedom) for t in scene.things)
     return replace(scene, things=things, shade=int(rng.integers(1, 2**31)))
 
 # %% ../nbs/00a_world.ipynb #81d5e969
+def _random_places(rng, n): # Up to n places, in reading order
+    "Places of which no two are direct neighbours."
+    places = []
+    for k in rng.permutation(len(PLACES)):
+        near = any(_touch(PLACES[k], q) for q in places)
+        if len(places) < n and not near: places.append(PLACES[k])
+    return sorted(places, key=PLACES.index)
+
+def _random_thing(rng, place, low, high, jitter):
+    "Any shape in any colour at a place."
+    shape = str(rng.choice(SHAPES))
+    color = str(rng.choice(list(COLORS)))
+    size = float(rng.uniform(low, high))
+    dx, dy = map(float, rng.uniform(-jitter, jitter, 2))
+    return Thing(shape, color, place, size, dx, dy)
+
+# %% ../nbs/00a_world.ipynb #020286c7
 def random_scene(
     rng,                 # A NumPy generator
     max_objects: int = 2 # 1 to 4
 ): # A scene of any split
     "Draw a scene; things never sit in directly neighbouring places, so that none touches another."
-    n, places = rng.integers(1, max_objects + 1), []
-    for p in rng.permutation(len(PLACES)):
-        if len(places) < n and not any(_touch(PLACES[p], q) for q in places): places.append(PLACES[p])
-    lo, hi, j = _freedom(len(places))
-    things = [Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS))), p, float(rng.uniform(lo, hi)), *map(float, rng.uniform(-j, j, 2)))
-              for p in sorted(places, key=PLACES.index)]
-    return Scene(str(rng.choice(list(GROUNDS))), tuple(things), int(rng.integers(1, 2**31)))
+    places = _random_places(rng, rng.integers(1, max_objects + 1))
+    freedom = _freedom(len(places))
+    things = tuple(_random_thing(rng, p, *freedom) for p in places)
+    return Scene(str(rng.choice(list(GROUNDS))), things, int(rng.integers(1, 2**31)))
 
 def sample_scene(
     seed: int, index: int, # Together they name the scene
@@ -160,11 +214,21 @@ def sample_scene(
 ): # A scene of that split
     "The scene with this number: the same on every machine."
     rng = np_rng("scene", seed, index, split)
-    while split_of(scene := random_scene(rng, max_objects)) != split: pass
-    return scene
+    while True:
+        scene = random_scene(rng, max_objects)
+        if split_of(scene) == split: return scene
 
 # %% ../nbs/00a_world.ipynb #1ba992b8
-WORDS = "stop exit open shop taxi bus cafe book park zoo milk tea left pull push sale art bank hot cold sun ice fish rice".split()
+WORDS = ("stop exit open shop taxi bus cafe book park zoo milk tea left pull push sale "
+         "art bank hot cold sun ice fish rice").split()
+
+def _random_sign(rng):
+    "A digit or a word, in any colour on any ground."
+    ground = str(rng.choice(list(GROUNDS)))
+    shade = int(rng.integers(1, 2**31))
+    digit = rng.random() < 1 / 3
+    words = str(rng.integers(10)) if digit else str(rng.choice(WORDS))
+    return Scene(ground, (), shade, words, str(rng.choice(list(COLORS))))
 
 def sample_sign(
     seed: int, index: int, # Together they name the sign
@@ -173,99 +237,175 @@ def sample_sign(
 ): # A scene with words
     "The sign with this number: a third of them say a digit, the others a word."
     rng = np_rng("sign", seed, index, split)
-    while split_of(sign := Scene(str(rng.choice(list(GROUNDS))), (), int(rng.integers(1, 2**31)), str(rng.integers(10)) if rng.random() < 1 / 3 else str(rng.choice(WORDS)), str(rng.choice(list(COLORS))))) != split: pass
-    return sign
+    while True:
+        sign = _random_sign(rng)
+        if split_of(sign) == split: return sign
 
+# %% ../nbs/00a_world.ipynb #3a38fb68
+def _alone(thing, things): # no other thing has this shape
+    return sum(t.shape == thing.shape for t in things) == 1
+
+def _relation(a, b):
+    "Where one of two things lies, seen from the other; a list, empty where they look alike."
+    first, second = (f"{t.color} {t.shape}" for t in (a, b))
+    if first == second: return []
+    col, other_col = (PLACES.index(t.place) % 3 for t in (a, b))
+    if col == other_col: return [f"the {first} is above the {second}"]
+    side = "left" if col < other_col else "right"
+    return [f"the {first} is {side} of the {second}"]
+
+# %% ../nbs/00a_world.ipynb #75c1f4d5
+def _facts(scene): # A list of sentences
+    "What follows from a scene."
+    things = scene.things
+    count = f"there are {len(things)} things" if len(things) > 1 else "there is 1 thing"
+    said = [count, f"the ground is {scene.ground}"]
+    for t in things:
+        if not _alone(t, things): continue
+        said += [f"the {t.shape} is {t.color}", f"the {t.shape} is at the {t.place}"]
+    for a, b in zip(things, things[1:]): said += _relation(a, b)
+    absent = [s for s in SHAPES if s not in {t.shape for t in things}]
+    return said + [f"there is no {s}" for s in absent[:2]]
+
+# %% ../nbs/00a_world.ipynb #d780c472
 def passage(scene: Scene, rng): # Sentences without a picture
-    "A scene told in words, and what follows from it; nothing is said that the first sentence does not settle."
-    things, said = scene.things, [f"there are {len(scene.things)} things" if len(scene.things) > 1 else "there is 1 thing", f"the ground is {scene.ground}"]
-    for t in things: said += [f"the {t.shape} is {t.color}", f"the {t.shape} is at the {t.place}"] if sum(u.shape == t.shape for u in things) == 1 else []
-    for a, b in zip(things, things[1:]):
-        (ax, ay), (bx, by) = ((PLACES.index(t.place) % 3, PLACES.index(t.place) // 3) for t in (a, b))
-        name = lambda t: f"{t.color} {t.shape}"
-        if name(a) != name(b): said += [f"the {name(a)} is {'left' if ax < bx else 'right'} of the {name(b)}"] if ax != bx else [f"the {name(a)} is above the {name(b)}"]
-    said += [f"there is no {s}" for s in SHAPES if s not in {t.shape for t in things}][:2]
-    return ". ".join([caption(scene)] + [said[k] for k in rng.permutation(len(said))[:4]])
+    "A scene told in words, and what follows from it: nothing that its caption does not settle."
+    facts = _facts(scene)
+    chosen = [facts[k] for k in rng.permutation(len(facts))[:4]]
+    return ". ".join([caption(scene)] + chosen)
 
 # %% ../nbs/00a_world.ipynb #9adebc1c
-def article(noun: str): return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+def article(noun: str):
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
+def _apart(things, ground):
+    "Things first, their colours in sentences of their own."
+    said = [f"{article(t.shape)} at the {t.place}. it is {t.color}" for t in things]
+    return ". ".join(said + [f"the ground is {ground}"])
+
+def _partial(phrases, ground, rng):
+    "About half of the places, and the ground half of the time."
+    said = []
+    for phrase in phrases:
+        said.append(phrase if rng.random() < .5 else phrase.split(" at the")[0])
+    told = rng.random() < .5
+    return " and ".join(said) + (f" on a {ground} ground" if told else "")
+
+# %% ../nbs/00a_world.ipynb #f2986a60
 def caption(
     scene: Scene,
     style: str = "full", # One of `STYLES`
     rng=None             # Needed by "shuffled" and "partial"
 ): # Lower-case text without a full stop at its end
     "A caption of a scene."
-    things = list(scene.things)
-    if style == "shuffled": things = [things[i] for i in rng.permutation(len(things))]
-    if style == "terse": return f"{scene.ground} ground, " + ", ".join(f"{t.color} {t.shape} {t.place}" for t in things)
+    things, ground = list(scene.things), scene.ground
+    if style == "shuffled":
+        things = [things[i] for i in rng.permutation(len(things))]
+    if style == "apart": return _apart(things, ground)
+    if style == "terse":
+        named = ", ".join(f"{t.color} {t.shape} {t.place}" for t in things)
+        return f"{ground} ground, {named}"
     phrases = [f"{article(t.color)} {t.shape} at the {t.place}" for t in things]
-    if style == "sentence": return f"there is {' and '.join(phrases)}. the ground is {scene.ground}"
-    if style == "apart":
-        said = [f"{article(t.shape)} at the {t.place}. it is {t.color}" for t in things]
-        return ". ".join(said + [f"the ground is {scene.ground}"])
-    if style == "partial":
-        phrases = [p if rng.random() < .5 else p.split(" at the")[0] for p in phrases]
-        return " and ".join(phrases) + (f" on a {scene.ground} ground" if rng.random() < .5 else "")
-    return f"{' and '.join(phrases)} on a {scene.ground} ground"
+    if style == "partial": return _partial(phrases, ground, rng)
+    named = " and ".join(phrases)
+    if style == "sentence": return f"there is {named}. the ground is {ground}"
+    return f"{named} on a {ground} ground"
 
-STYLES = dict(full=.36, shuffled=.16, terse=.1, sentence=.1, apart=.16, partial=.12)  # shares in training: ours
+# %% ../nbs/00a_world.ipynb #7b6b8d15
+# Shares in training: ours
+STYLES = dict(full=.36, shuffled=.16, terse=.1, sentence=.1, apart=.16, partial=.12)
 
 def random_caption(scene: Scene, rng):
     "A caption in a style drawn by `STYLES`."
-    return caption(scene, str(rng.choice(list(STYLES), p=list(STYLES.values()))), rng)
+    style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
+    return caption(scene, style, rng)
 
 # %% ../nbs/00a_world.ipynb #c6fcf4f7
+QUESTIONS = ("yesno", "what", "where", "howmany")
+
+def _pairs(): # (colour, shape): all but the held-out combinations
+    pairs = [(c, s) for c in COLORS for s in SHAPES]
+    return [pair for pair in pairs if pair not in HELD_OUT]
+
+def _ask_yesno(things, asked, rng):
+    "Half of the time a thing that is there, else one that is not, mostly a close one."
+    if rng.random() < .5:
+        return f"is there {article(asked.color)} {asked.shape}?", "yes"
+    there = {(t.color, t.shape) for t in things}
+    wrong = [pair for pair in _pairs() if pair not in there]
+    close = [(c, s) for c, s in wrong if (c == asked.color) != (s == asked.shape)]
+    pool = close if rng.random() < .75 else wrong
+    color, shape = pool[rng.integers(len(pool))]
+    return f"is there {article(color)} {shape}?", "no"
+
+# %% ../nbs/00a_world.ipynb #610b24ad
 def question(
     scene: Scene,
     kind: str,  # "yesno", "what", "where" or "howmany"
     rng
 ): # (question, answer), or None where the scene has no such question
     "A question about a scene, with its one right answer."
-    things, pairs = scene.things, {(t.color, t.shape) for t in scene.things}
+    things = scene.things
     t = things[rng.integers(len(things))]
     if kind == "howmany": return "how many things are there?", str(len(things))
-    if kind == "yesno":
-        if rng.random() < .5: return f"is there {article(t.color)} {t.shape}?", "yes"
-        wrong = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in pairs and (c, s) not in HELD_OUT]
-        close = [(c, s) for c, s in wrong if (c == t.color) != (s == t.shape)]
-        c, s = (pool := close if rng.random() < .75 else wrong)[rng.integers(len(pool))]
-        return f"is there {article(c)} {s}?", "no"
-    if sum(u.shape == t.shape for u in things) > 1: return None
-    return (f"what color is the {t.shape}?", t.color) if kind == "what" else (f"where is the {t.shape}?", t.place)
-
-QUESTIONS = ("yesno", "what", "where", "howmany")
+    if kind == "yesno": return _ask_yesno(things, t, rng)
+    if not _alone(t, things): return None
+    if kind == "what": return f"what color is the {t.shape}?", t.color
+    return f"where is the {t.shape}?", t.place
 
 # %% ../nbs/00a_world.ipynb #9df591ab
 EDITS = ("background", "recolor", "remove", "add")
 
+def _pick(options, rng): return options[rng.integers(len(options))]
+
+def _change_ground(scene, rng):
+    "Another ground under the same things."
+    ground = _pick([g for g in GROUNDS if g != scene.ground], rng)
+    return f"change the ground to {ground}", replace(scene, ground=ground)
+
+def _recolor(scene, k, rng):
+    "Thing k in another colour."
+    things, t = list(scene.things), scene.things[k]
+    color = _pick([c for c in COLORS if c != t.color and (c, t.shape) not in HELD_OUT], rng)
+    things[k] = replace(t, color=color)
+    return f"make the {t.color} {t.shape} {color}", replace(scene, things=tuple(things))
+
+def _remove(scene, k):
+    "The scene without thing k."
+    t, rest = scene.things[k], scene.things[:k] + scene.things[k + 1:]
+    return f"remove the {t.color} {t.shape}", replace(scene, things=rest)
+
+# %% ../nbs/00a_world.ipynb #6f5a3fcc
+def _add(scene, rng): # None where no second thing may stand
+    "A second thing, in a place that does not touch the first."
+    t = scene.things[0]
+    free = [p for p in PLACES if not _touch(p, t.place)]
+    color, shape = _pick(_pairs(), rng)
+    if not free: return None
+    new = Thing(shape, color, _pick(free, rng))
+    if t.place == "center": return None
+    instruction = f"add {article(color)} {shape} at the {new.place}"
+    return instruction, replace(scene, things=_reading_order((t, new)))
+
+# %% ../nbs/00a_world.ipynb #ab374a81
 def edit(
     scene: Scene,
     kind: str,  # One of `EDITS`
     rng
 ): # (instruction, edited scene), or None where the scene does not allow it
     "One edit of a scene."
-    pick = lambda options: options[rng.integers(len(options))]
-    things = list(scene.things); k = int(rng.integers(len(things))); t = things[k]
-    name = f"{t.color} {t.shape}"
-    twins = sum((u.color, u.shape) == (t.color, t.shape) for u in things) > 1
-    if kind == "background":
-        g = pick([g for g in GROUNDS if g != scene.ground])
-        return f"change the ground to {g}", replace(scene, ground=g)
-    if kind == "recolor" and not twins:
-        c = pick([c for c in COLORS if c != t.color and (c, t.shape) not in HELD_OUT])
-        return f"make the {name} {c}", replace(scene, things=tuple(things[:k] + [replace(t, color=c)] + things[k + 1:]))
-    if kind == "remove" and len(things) > 1 and not twins:
-        return f"remove the {name}", replace(scene, things=tuple(things[:k] + things[k + 1:]))
-    if kind == "add" and len(things) == 1:
-        free = [p for p in PLACES if not _touch(p, t.place)]
-        c, s = pick([(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT])
-        new = Thing(s, c, pick(free)) if free else None
-        if new and t.place != "center":
-            both = tuple(sorted((t, new), key=lambda u: PLACES.index(u.place)))
-            return f"add {article(c)} {s} at the {new.place}", replace(scene, things=both)
+    things = scene.things
+    k = int(rng.integers(len(things)))
+    named = [(t.color, t.shape) for t in things]
+    twins = named.count(named[k]) > 1
+    if kind == "background": return _change_ground(scene, rng)
+    if kind == "recolor" and not twins: return _recolor(scene, k, rng)
+    if kind == "remove" and not twins and len(things) > 1:
+        return _remove(scene, k)
+    if kind == "add" and len(things) == 1: return _add(scene, rng)
     return None
 
+# %% ../nbs/00a_world.ipynb #36db040f
 def to_gray(image): # uint8 or float, 3 x H x W
     "The colourisation condition: luminance only (ITU-R BT.601 weights)."
     w = torch.tensor([.299, .587, .114]).view(3, 1, 1)
@@ -276,83 +416,126 @@ def to_gray(image): # uint8 or float, 3 x H x W
 _PALETTE = np.array(list(COLORS.values()), float) / 255
 _GROUND = np.array(list(GROUNDS.values()), float) / 255
 
+def _strong_colors(core, nearest, least): # Indices in COLORS
+    "The colours that cover much of a piece's core."
+    enough = max(least, 0.25 * core.sum())
+    return [c for c in range(len(COLORS)) if (core & (nearest == c)).sum() >= enough]
+
 def _pieces(distance, image, least):
     "Connected pieces; one that holds two strong colours is cut between them."
     labels, n = ndimage.label(distance > 0.25)
+    nearest = np.linalg.norm(image[:, :, None] - _PALETTE, axis=-1).argmin(-1)
     for k in range(1, n + 1):
         mask = labels == k
         if mask.sum() < least: continue
         core = mask & (distance > 0.6 * np.quantile(distance[mask], 0.9))
-        nearest = np.linalg.norm(image[:, :, None] - _PALETTE, axis=-1).argmin(-1)
-        strong = [c for c in range(len(COLORS)) if (core & (nearest == c)).sum() >= max(least, 0.25 * core.sum())]
-        yield from [mask & (nearest == c) for c in strong] if len(strong) > 1 else [mask]
+        strong = _strong_colors(core, nearest, least)
+        if len(strong) > 1: yield from (mask & (nearest == c) for c in strong)
+        else: yield mask
 
 # %% ../nbs/00a_world.ipynb #a52834b8
-def _drawings(side):
+def _drawing(side, shape, size): # side x side in 0..1
+    im = Image.new("L", (side * 4, side * 4), 0)
+    draw_thing(im, shape, (0.5, 0.5), size, 255)
+    return np.asarray(im.reduce(4), float) / 255
+
+@cache
+def _drawings(side): # shape -> its drawings, from small to large
     "Each shape at radii of 3 to 10 pixels of 32, centred: the oracle's templates."
-    out = {}
-    for shape in SHAPES:
-        for size in np.arange(0.2, 0.64, 0.02):
-            im = Image.new("L", (side * 4, side * 4), 0)
-            draw_thing(im, shape, (0.5, 0.5), size, 255)
-            out[shape, round(float(size), 2)] = np.asarray(im.reduce(4), float) / 255
-    return out
-_templates = {}
+    sizes = np.arange(0.2, 0.64, 0.02)
+    return {shape: [_drawing(side, shape, size) for size in sizes] for shape in SHAPES}
+
+# %% ../nbs/00a_world.ipynb #f1d3ab4b
+def _like(alpha, drawings): # side x side
+    "The drawing whose area is most like that of a soft mask, moved onto it."
+    off = [abs(drawing.sum() - alpha.sum()) for drawing in drawings]
+    drawing = drawings[off.index(min(off))]
+    cy, cx = ndimage.center_of_mass(alpha)
+    dy, dx = ndimage.center_of_mass(drawing)
+    return ndimage.shift(drawing, (cy - dy, cx - dx), order=1)
 
 def _shape_of(alpha):
     "The shape whose drawing overlaps best with a soft mask."
-    side = alpha.shape[0]
-    drawings = _templates.setdefault(side, _drawings(side))
-    cy, cx = ndimage.center_of_mass(alpha)
-    area, best = alpha.sum(), (-1.0, None)
-    for shape in SHAPES:
-        size = min((s for k, s in drawings if k == shape), key=lambda s: abs(drawings[shape, s].sum() - area))
-        d = drawings[shape, size]
-        dy, dx = ndimage.center_of_mass(d)
-        moved = ndimage.shift(d, (cy - dy, cx - dx), order=1)
-        best = max(best, (np.minimum(alpha, moved).sum() / np.maximum(alpha, moved).sum(), shape))
+    best = (-1.0, None)
+    for shape, drawings in _drawings(alpha.shape[0]).items():
+        moved = _like(alpha, drawings)
+        overlap = np.minimum(alpha, moved).sum() / np.maximum(alpha, moved).sum()
+        best = max(best, (overlap, shape))
     return best[1]
 
 # %% ../nbs/00a_world.ipynb #d965cc3c
+def _array(image): # H x W x 3 in 0..1
+    x = image.detach().cpu()
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)
+    return x.permute(1, 2, 0).numpy()
+
+def _ground_of(x): # (index in GROUNDS, the colour itself)
+    "The ground that most of the border has, and its shade here."
+    border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
+    votes = np.linalg.norm(border[:, None] - _GROUND, axis=-1).argmin(-1)
+    ground = np.bincount(votes, minlength=len(GROUNDS)).argmax()
+    return ground, np.median(border[votes == ground], axis=0)
+
+def _soft_mask(x, mask, base, rgb): # side x side in 0..1
+    "How much of each pixel in and around a piece has the piece's colour."
+    share = ((x - base) @ (rgb - base)) / max(1e-6, (rgb - base) @ (rgb - base))
+    return np.where(ndimage.binary_dilation(mask), np.clip(share, 0, 1), 0)
+
+# %% ../nbs/00a_world.ipynb #9459e4b8
+def _thing_of(mask, x, distance, base): # A `Thing`
+    "Colour, shape, place and width of a piece."
+    core = mask & (distance >= np.quantile(distance[mask], 0.5))
+    rgb = np.median(x[core], axis=0)
+    color = list(COLORS)[np.linalg.norm(_PALETTE - rgb, axis=-1).argmin()]
+    shape = _shape_of(_soft_mask(x, mask, base, rgb))
+    # The middle of the bounding box: a triangle's centre of mass lies lower
+    side = x.shape[0]
+    rows, cols = np.nonzero(mask)
+    cy, cx = ((v.min() + v.max() + 1) / 2 / side for v in (rows, cols))
+    place = PLACES[min(2, int(cy * 3)) * 3 + min(2, int(cx * 3))]
+    return Thing(shape, color, place, float(np.ptp(cols) + 1) / side)
+
+# %% ../nbs/00a_world.ipynb #fa5af55c
 def read_scene(
     image,              # 3 x H x W; uint8 or 0..1
     min_area: float = 0.02 # Smallest thing, as a share of the image
 ): # A `Scene`; `shade` is unknown and left 0
     "Read the objects of a picture back from its pixels."
-    x = image.detach().cpu(); x = (x.float() / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)).permute(1, 2, 0).numpy()
-    side, border = x.shape[0], np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
-    votes = np.linalg.norm(border[:, None] - _GROUND, axis=-1).argmin(-1)
-    ground = np.bincount(votes, minlength=len(GROUNDS)).argmax()
-    base = np.median(border[votes == ground], axis=0)
-    distance, things = np.linalg.norm(x - base, axis=-1), []
-    for mask in _pieces(distance, x, min_area * side * side):
-        core = mask & (distance >= np.quantile(distance[mask], 0.5))
-        rgb = np.median(x[core], axis=0)
-        color = list(COLORS)[np.linalg.norm(_PALETTE - rgb, axis=-1).argmin()]
-        near = ndimage.binary_dilation(mask)
-        alpha = np.where(near, np.clip(((x - base) @ (rgb - base)) / max(1e-6, (rgb - base) @ (rgb - base)), 0, 1), 0)
-        rows, cols = np.nonzero(mask)  # the middle of the bounding box: a triangle's centre of mass lies lower
-        cy, cx = ((v.min() + v.max() + 1) / 2 / side for v in (rows, cols))
-        place = PLACES[min(2, int(cy * 3)) * 3 + min(2, int(cx * 3))]
-        things.append((mask.sum(), Thing(_shape_of(alpha), color, place, float(np.ptp(cols) + 1) / side)))
-    things = [t for _, t in sorted(things, key=lambda a: -a[0])[:4]]
-    return Scene(list(GROUNDS)[ground], tuple(sorted(things, key=lambda t: PLACES.index(t.place))))
+    x = _array(image)
+    ground, base = _ground_of(x)
+    distance = np.linalg.norm(x - base, axis=-1)
+    side = x.shape[0]
+    pieces = list(_pieces(distance, x, min_area * side * side))
+    largest = sorted(pieces, key=np.sum, reverse=True)[:4]
+    things = [_thing_of(mask, x, distance, base) for mask in largest]
+    return Scene(list(GROUNDS)[ground], _reading_order(things))
 
 # %% ../nbs/00a_world.ipynb #92045347
 ATTRIBUTES = ("shape", "color", "place")
 
+def _agreement(asked, found): # asked x found x attributes: 1 where they agree
+    agree = np.zeros((len(asked.things), len(found.things), len(ATTRIBUTES)))
+    for i, a in enumerate(asked.things):
+        for j, f in enumerate(found.things):
+            agree[i, j] = [getattr(a, k) == getattr(f, k) for k in ATTRIBUTES]
+    return agree
+
+# %% ../nbs/00a_world.ipynb #deb3f0e0
 def score_scene(
     asked: Scene,
     found: Scene
 ): # counts: shape, color, place (right ones), n (asked things), ground and scene (0 or 1)
     "Compare what was asked with what the oracle found."
-    agree = np.array([[[getattr(a, k) == getattr(f, k) for k in ATTRIBUTES] for f in found.things] for a in asked.things], float).reshape(len(asked.things), len(found.things), 3)
-    rows, cols = linear_sum_assignment(-agree.sum(-1)) if found.things else ([], [])
-    right = agree[rows, cols].sum(0) if len(rows) else np.zeros(3)
-    n, ground = len(asked.things), int(asked.ground == found.ground)
+    right, n = np.zeros(len(ATTRIBUTES)), len(asked.things)
+    if asked.things and found.things:
+        agree = _agreement(asked, found)
+        rows, cols = linear_sum_assignment(-agree.sum(-1))
+        right = agree[rows, cols].sum(0)
+    ground = int(asked.ground == found.ground)
     scene = int(right.sum() == 3 * n and len(found.things) == n and ground)
     return dict(zip(ATTRIBUTES, map(float, right)), n=n, ground=ground, scene=scene)
 
+# %% ../nbs/00a_world.ipynb #cdff028a
 def score_scenes(
     asked, found # Lists of scenes
 ): # attributes, shape, color, place, ground, scenes: shares right in 0..1; n: number of scenes
@@ -360,7 +543,9 @@ def score_scenes(
     rows = [score_scene(a, f) for a, f in zip(asked, found, strict=True)]
     total = sum(r["n"] for r in rows)
     out = {k: sum(r[k] for r in rows) / total for k in ATTRIBUTES}
-    return dict(attributes=sum(out.values()) / 3, **out, ground=float(np.mean([r["ground"] for r in rows])), scenes=float(np.mean([r["scene"] for r in rows])), n=len(rows))
+    ground = float(np.mean([r["ground"] for r in rows]))
+    scenes = float(np.mean([r["scene"] for r in rows]))
+    return dict(attributes=sum(out.values()) / 3, **out, ground=ground, scenes=scenes, n=len(rows))
 
 # %% ../nbs/00a_world.ipynb #4eb7ec5f
 def baselines(
@@ -368,17 +553,24 @@ def baselines(
     seed: int = 0
 ): # {"chance": score, "shuffled": score}
     "What a model scores that paints random scenes, or the scenes of other captions."
-    chance = [random_scene(np_rng("chance", seed, i), max(len(s.things) for s in asked)) for i in range(len(asked))]
-    return dict(chance=score_scenes(asked, chance), shuffled=score_scenes(asked, asked[1:] + asked[:1]))
+    most = max(len(s.things) for s in asked)
+    chance = [random_scene(np_rng("chance", seed, i), most) for i in range(len(asked))]
+    shuffled = score_scenes(asked, asked[1:] + asked[:1])
+    return dict(chance=score_scenes(asked, chance), shuffled=shuffled)
 
 # %% ../nbs/00a_world.ipynb #86be6f8f
+def _parse_thing(phrase): # A list with one thing, or an empty one
+    "`a red circle at the top` read back."
+    head, _, place = phrase.partition(" at the ")
+    words, place = head.split(), place.strip()
+    if len(words) != 3 or place not in PLACES: return []
+    _, color, shape = words
+    return [Thing(shape, color, place)] if color in COLORS and shape in SHAPES else []
+
 def parse_caption(text: str): # A `Scene`, as far as the caption tells
     "Read a full caption back into a scene; parts that do not fit are left out."
     words, ground = text.lower().strip(), ""
     if " on a " in words: words, ground = words.rsplit(" on a ", 1)
     things = []
-    for phrase in words.split(" and "):
-        head, _, place = phrase.partition(" at the ")
-        parts = head.split()
-        if len(parts) == 3 and parts[1] in COLORS and parts[2] in SHAPES and place.strip() in PLACES: things.append(Thing(parts[2], parts[1], place.strip()))
+    for phrase in words.split(" and "): things += _parse_thing(phrase)
     return Scene(ground.removesuffix(" ground").strip(), tuple(things))

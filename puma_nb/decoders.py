@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
-from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionModel
@@ -38,36 +38,57 @@ from .pyramid import *
 def build_autoencoder(p: AutoencoderPreset):
     "A diffusers autoencoder of a preset's size."
     n = len(p.channels)
-    return AutoencoderKL(block_out_channels=p.channels, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
-                         layers_per_block=p.layers_per_block, latent_channels=p.latent_channels, norm_num_groups=p.norm_groups, sample_size=p.image_size, mid_block_add_attention=p.attention)
+    return AutoencoderKL(
+        block_out_channels=p.channels,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        layers_per_block=p.layers_per_block,
+        latent_channels=p.latent_channels,
+        norm_num_groups=p.norm_groups,
+        sample_size=p.image_size,
+        mid_block_add_attention=p.attention)
 
+# %% ../nbs/02_decoders.ipynb #147e53f6
 class AutoencoderNet(nn.Module):
     "There and back through the latent space, with the given noise."
-    def __init__(self, vae): super().__init__(); self.vae = vae
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
     def forward(self, x, noise): # -> (B x 3 x H x W, KL of each image)
         q = self.vae.encode(x).latent_dist
         return self.vae.decode(q.mean + q.std * noise).sample, q.kl()
 
+# %% ../nbs/02_decoders.ipynb #dea52ebf
 class AutoencoderTask(Task):
     "Squared error, a little of the absolute error for crisp edges, and a touch of KL."
     def __init__(self, preset: Preset, seed: int = 0, images=None):
-        self.preset, self.seed = preset, seed
+        self.preset = preset
+        self.seed = seed
         torch.manual_seed(seed_of(seed, "autoencoder"))
         self.model = AutoencoderNet(build_autoencoder(preset.autoencoder))
         self.weights = dict(square=1.0, absolute=0.1, kl=1e-6)
-        self.images = world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0] if images is None else images
+        if images is None:
+            images, _ = world_images(preset, seed=seed, side=preset.autoencoder.image_size)
+        self.images = images
 
     def checkpointing(self): self.model.vae.enable_gradient_checkpointing()
 
-    def reads(self): return dict(images=len(self.images), first=fingerprint(self.images[:1]))
+    def reads(self):
+        return dict(images=len(self.images), first=fingerprint(self.images[:1]))
 
     def batch(self, positions, step):
+        p = self.preset.autoencoder
         device = next(self.model.parameters()).device
-        x = self.images[sample_ids(positions, len(self.images), self.seed)].to(device).float() / 127.5 - 1
-        p = self.preset.autoencoder; side = x.shape[-1] // 2 ** (len(p.channels) - 1)
-        return dict(x=x.to(memory_format=memory_format(device)), noise=noise_for(positions, p.latent_channels, side, side, keys=(self.seed, "posterior")).to(device))
+        x = self.images[sample_ids(positions, len(self.images), self.seed)]
+        x = x.to(device).float() / 127.5 - 1
+        side = x.shape[-1] // 2 ** (len(p.channels) - 1)
+        noise = noise_for(positions, p.latent_channels, side, side, keys=(self.seed, "posterior"))
+        return dict(x=x.to(memory_format=memory_format(device)), noise=noise.to(device))
 
-    def counts(self, b): return dict(square=b["x"].numel(), absolute=b["x"].numel(), kl=len(b["x"]))
+    def counts(self, b):
+        numbers = b["x"].numel()
+        return dict(square=numbers, absolute=numbers, kl=len(b["x"]))
 
     def losses(self, model, b, step):
         back, kl = model(b["x"], b["noise"])
@@ -83,99 +104,210 @@ class Latents:
         self.mean = torch.zeros(c) if mean is None else torch.as_tensor(mean)
         self.std = torch.ones(c) if std is None else torch.as_tensor(std)
 
-    def to(self, device): self.vae.to(device); return self
+    def to(self, device):
+        self.vae.to(device)
+        return self
 
-    def _shape(self, v, x): return v.view(1, -1, 1, 1).to(x.device, torch.float32)
+    def _shape(self, v, x):
+        "A number for each channel, so that it broadcasts over x."
+        return v.view(1, -1, 1, 1).to(x.device, torch.float32)
 
     @torch.no_grad()
     def encode(self, images): # N x 3 x H x W, uint8 or 0..1 -> N x c x h x w
         "Standardised latent means."
         device = next(self.vae.parameters()).device
-        x = (images.float() / 127.5 if images.dtype == torch.uint8 else images.float() * 2).to(device) - 1
-        with autocast(device): z = self.vae.encode(x.to(memory_format=memory_format(device))).latent_dist.mean.float()
+        x = images.float() / 127.5 if images.dtype == torch.uint8 else images.float() * 2
+        x = x.to(device) - 1
+        with autocast(device):
+            x = x.to(memory_format=memory_format(device))
+            z = self.vae.encode(x).latent_dist.mean.float()
         return (z - self._shape(self.mean, z)) / self._shape(self.std, z)
 
     @torch.no_grad()
     def decode(self, z): # -> N x 3 x H x W in 0..1
         "Images of standardised latents."
-        with autocast(z.device): x = self.vae.decode((z.float() * self._shape(self.std, z) + self._shape(self.mean, z)).to(memory_format=memory_format(z.device))).sample.float()
+        with autocast(z.device):
+            z = z.float() * self._shape(self.std, z) + self._shape(self.mean, z)
+            x = self.vae.decode(z.to(memory_format=memory_format(z.device))).sample.float()
         return (x / 2 + 0.5).clamp(0, 1)
 
-    def encode_many(self, images, batch=200): return torch.cat([self.encode(p).cpu() for p in images.split(batch)])
+    def encode_many(self, images, batch=200):
+        "Latents on the CPU, some pictures at a time."
+        return torch.cat([self.encode(p).cpu() for p in images.split(batch)])
 
     def save(self, path):
-        self.vae.register_to_config(latents_mean=[float(v) for v in self.mean], latents_std=[float(v) for v in self.std])
+        "Write the autoencoder, with mean and standard deviation in its configuration."
+        mean = [float(v) for v in self.mean]
+        std = [float(v) for v in self.std]
+        self.vae.register_to_config(latents_mean=mean, latents_std=std)
         self.vae.save_pretrained(path)
 
 # %% ../nbs/02_decoders.ipynb #12083eb8
 def standardize(vae, images): # -> Latents
     "Measure the latents' mean and standard deviation per channel."
-    raw = Latents(vae); z = raw.encode_many(images)
+    z = Latents(vae).encode_many(images)
     return Latents(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp_min(1e-3))
 
 def load_latents(model_dir=None, device=None):
     "The autoencoder of a trained system."
     path = Path(model_dir or package_dir("weights")) / "autoencoder"
-    if not (path / "config.json").exists(): raise UserError(f"{path}: no autoencoder there; train one with: puma-nb train --stage autoencoder --out DIR")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no autoencoder there; "
+                        "train one with: puma-nb train --stage autoencoder --out DIR")
     device = pick_device(device)
-    with quietly(): vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32).to(device, memory_format=memory_format(device))
+    with quietly():
+        vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
+        vae = vae.to(device, memory_format=memory_format(device))
     return Latents(vae, vae.config.latents_mean, vae.config.latents_std)
 
 # %% ../nbs/02_decoders.ipynb #8842b895
-def noise_schedule(p: DecoderPreset): # A diffusers scheduler, used for training and as the samplers' base
+def noise_schedule(
+    p: DecoderPreset
+): # A diffusers scheduler, used for training and as the samplers' base
     "SDXL's noise schedule (scaled linear betas, 1,000 steps)."
-    return DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=p.prediction, clip_sample=False, steps_offset=1)
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=p.prediction,
+        clip_sample=False,
+        steps_offset=1)
 
 # %% ../nbs/02_decoders.ipynb #9138ec05
+def _waves(v, frequencies): # N, K -> N x 2K
+    "Sines and cosines of N places at K frequencies."
+    angle = v[:, None] * frequencies
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
 def sincos_2d(side: int, size: int): # -> side*side x size
     "Sines and cosines of the cells' centres, x in one half of the channels and y in the other."
-    c = (torch.arange(side) + 0.5) / side
-    freq = torch.pi * (GRID / 2) ** (torch.arange(size // 4) / max(1, size // 4 - 1))  # half a wave to eight across the image
-    wave = lambda v: torch.cat([(v[:, None] * freq).sin(), (v[:, None] * freq).cos()], 1)
-    y, x = wave(c)[:, None].expand(side, side, -1), wave(c)[None].expand(side, side, -1)
-    return F.pad(torch.cat([x, y], -1).flatten(0, 1), (0, size - 4 * (size // 4)))
+    n = size // 4
+    # half a wave to eight across the image
+    frequencies = torch.pi * (GRID / 2) ** (torch.arange(n) / max(1, n - 1))
+    waves = _waves((torch.arange(side) + 0.5) / side, frequencies)
+    y = waves[:, None].expand(side, side, -1)
+    x = waves[None].expand(side, side, -1)
+    return F.pad(torch.cat([x, y], -1).flatten(0, 1), (0, size - 4 * n))
 
 # %% ../nbs/02_decoders.ipynb #a1d7532b
+def _block_types(way, depth): # "Down" or "Up"; how many transformers each level has
+    "Names of a UNet's blocks: with cross-attention where a level has transformers."
+    names = {True: f"CrossAttn{way}Block2D", False: f"{way}Block2D"}
+    return tuple(names[bool(n)] for n in depth)
+
+# %% ../nbs/02_decoders.ipynb #d73a4edc
+def _build_unet(c): # The configuration of a `Decoder`
+    "SDXL's kind of UNet, without its embedding of pooled text and image sizes."
+    depth = tuple(c.transformers or (1,) * len(c.channels))
+    return UNet2DConditionModel(
+        sample_size=c.latent_side,
+        in_channels=c.latent_channels + c.coordinates,
+        out_channels=c.latent_channels,
+        layers_per_block=c.layers_per_block,
+        block_out_channels=c.channels,
+        down_block_types=_block_types("Down", depth),
+        up_block_types=_block_types("Up", depth[::-1]),
+        transformer_layers_per_block=tuple(max(1, k) for k in depth),
+        cross_attention_dim=c.cross_size,
+        norm_num_groups=c.norm_groups,
+        addition_embed_type=None,
+        attention_head_dim=c.heads,  # in diffusers this is the number of heads
+        use_linear_projection=c.linear_projection)
+
+# %% ../nbs/02_decoders.ipynb #92623776
 class Decoder(ModelMixin, ConfigMixin):
     "A stock SDXL-style UNet whose cross-attention reads image features."
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, feature_size: int, scale: int, latent_channels: int, latent_side: int, channels: tuple, layers_per_block: int, heads: int, cross_size: int,
-                 norm_groups: int, position_scales: tuple = (0,), coordinates: int = 0, normalize: bool = False, fused_attention: bool = True,
-                 transformers: tuple = None, linear_projection: bool = False):
+    def __init__(
+        self, feature_size: int, scale: int, latent_channels: int, latent_side: int,
+        channels: tuple, layers_per_block: int, heads: int, cross_size: int, norm_groups: int,
+        position_scales: tuple = (0,), coordinates: int = 0, normalize: bool = False,
+        fused_attention: bool = True, transformers: tuple = None, linear_projection: bool = False
+    ):
         super().__init__()
-        depth = tuple(transformers or (1,) * len(channels))
-        self.unet = UNet2DConditionModel(sample_size=latent_side, in_channels=latent_channels + coordinates, out_channels=latent_channels, layers_per_block=layers_per_block, block_out_channels=channels,
-            down_block_types=tuple("CrossAttnDownBlock2D" if k else "DownBlock2D" for k in depth), up_block_types=tuple("CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(depth)),
-            transformer_layers_per_block=tuple(max(1, k) for k in depth), cross_attention_dim=cross_size, norm_num_groups=norm_groups, addition_embed_type=None,
-            attention_head_dim=heads, use_linear_projection=linear_projection)  # in diffusers attention_head_dim is the number of heads
+        self.unet = _build_unet(self.config)
         if not fused_attention: self.unet.set_attn_processor(AttnProcessor())
         self.mapping_layer = nn.Linear(feature_size, cross_size)
-        if scale in position_scales: self.embed_img_pos = nn.Parameter(sincos_2d(SIDES[scale], cross_size)[None])
-        if coordinates: self.register_buffer("where", sincos_2d(latent_side, coordinates).T.reshape(1, coordinates, latent_side, latent_side))
+        if scale in position_scales:
+            self.embed_img_pos = nn.Parameter(sincos_2d(SIDES[scale], cross_size)[None])
+        if coordinates:
+            where = sincos_2d(latent_side, coordinates).T
+            self.register_buffer("where", where.reshape(1, coordinates, latent_side, latent_side))
         if normalize:
-            self.register_buffer("feature_mean", torch.zeros(feature_size)); self.register_buffer("feature_std", torch.ones(feature_size))
+            self.register_buffer("feature_mean", torch.zeros(feature_size))
+            self.register_buffer("feature_std", torch.ones(feature_size))
 
-    def normalize(self, f): return (f - self.feature_mean) / self.feature_std if self.config.normalize else f
-    def denormalize(self, f): return f * self.feature_std + self.feature_mean if self.config.normalize else f
+    def normalize(self, f):
+        "Features as `mapping_layer` takes them."
+        return (f - self.feature_mean) / self.feature_std if self.config.normalize else f
 
-    def condition(self, features, position_weight=1.0): # B x N x C; weight 0 for unconditional rows ([code])
+    def denormalize(self, f):
+        "Back from `normalize`."
+        return f * self.feature_std + self.feature_mean if self.config.normalize else f
+
+    def condition(
+        self, features,     # B x N x C
+        position_weight=1.0 # 0 for unconditional rows ([code])
+    ): # B x N x cross_size
         "Features as the UNet's cross-attention reads them: B x N x cross_size."
         e = self.mapping_layer(self.normalize(features))
-        if hasattr(self, "embed_img_pos"): e = e + torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1) * self.embed_img_pos
-        return e
+        if not hasattr(self, "embed_img_pos"): return e
+        weight = torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1)
+        return e + weight * self.embed_img_pos
 
-    def forward(self, latents, timestep, features, position_weight=1.0): # B x c x h x w, B, B x N x C -> B x c x h x w
-        if self.config.coordinates: latents = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
-        return self.unet(latents, timestep, encoder_hidden_states=self.condition(features, position_weight)).sample
+    def _with_coordinates(self, latents): # B x c x h x w -> B x (c + coordinates) x h x w
+        "The coordinates of the latent cells as further channels, where there are any."
+        if not self.config.coordinates: return latents
+        where = self.where.expand(len(latents), -1, -1, -1).to(latents.dtype)
+        return torch.cat([latents, where], 1)
+
+    def forward(
+        self, latents,      # B x c x h x w
+        timestep,           # B
+        features,           # B x N x C
+        position_weight=1.0
+    ): # B x c x h x w
+        "Predict what the schedule asks for: v or the noise."
+        latents = self._with_coordinates(latents)
+        condition = self.condition(features, position_weight)
+        return self.unet(latents, timestep, encoder_hidden_states=condition).sample
+
+    @classmethod
+    def from_puma_checkpoint(
+        cls,
+        folder,     # Holds unet_1 ... unet_256
+        scale: int
+    ): # A `Decoder`
+        "Read one of the authors' released decoders."
+        return _read_released(folder, scale)
+
+    def save_puma_checkpoint(self, folder):
+        "Write a decoder in the released layout."
+        _write_released(self, folder)
 
 # %% ../nbs/02_decoders.ipynb #b7f213c4
 def build_decoder(preset: Preset, scale: int, normalize: bool = None):
     "A decoder for one scale, random weights."
     d, a = preset.decoder, preset.autoencoder
-    return Decoder(preset.encoder.hidden_size, scale, a.latent_channels, a.image_size // 2 ** (len(a.channels) - 1), d.channels, d.layers_per_block, d.heads,
-                   d.cross_size, d.norm_groups, d.position_scales, d.coordinates, d.normalize if normalize is None else normalize, d.attention == "fused", d.transformers, d.linear_projection)
+    return Decoder(
+        feature_size=preset.encoder.hidden_size,
+        scale=scale,
+        latent_channels=a.latent_channels,
+        latent_side=a.image_size // 2 ** (len(a.channels) - 1),
+        channels=d.channels,
+        layers_per_block=d.layers_per_block,
+        heads=d.heads,
+        cross_size=d.cross_size,
+        norm_groups=d.norm_groups,
+        position_scales=d.position_scales,
+        coordinates=d.coordinates,
+        normalize=d.normalize if normalize is None else normalize,
+        fused_attention=d.attention == "fused",
+        transformers=d.transformers,
+        linear_projection=d.linear_projection)
 
 # %% ../nbs/02_decoders.ipynb #e2eeeefa
 def snr_weight(schedule, t, cap: float, prediction: str): # B weights
@@ -202,89 +334,170 @@ class DecoderData:
         "Latents and features of some images."
         if self.z is not None: return self.z[ids], self.f0[ids].float()
         x = self.images[ids]
-        return self.latents.encode(x).cpu(), encode_images(self.encoder, x, dtype=torch.bfloat16).float()
+        f0 = encode_images(self.encoder, x, dtype=torch.bfloat16)
+        return self.latents.encode(x).cpu(), f0.float()
 
+# %% ../nbs/02_decoders.ipynb #5ad5b1fe
 def decoder_data(
     preset: Preset, encoder, latents: Latents, images, stats: FeatureStats,
     cache=None, # Folder that keeps f0 and latents
     progress: bool = False
 ): # `DecoderData`
     "Features and latents of the training images, as the preset wants them."
-    side = preset.autoencoder.image_size; black = torch.zeros(1, 3, side, side)
-    data = DecoderData(encoder, latents, stats, images, encode_images(encoder, black), latents.encode(black).cpu())
+    def build(): return latents.encode_many(images)
+    side = preset.autoencoder.image_size
+    black = torch.zeros(1, 3, side, side)
+    black_f0 = encode_images(encoder, black)
+    black_latent = latents.encode(black).cpu()
+    data = DecoderData(encoder, latents, stats, images, black_f0, black_latent)
     if preset.decoder.features == "cached":
-        data.f0 = encode_images(encoder, images, dtype=torch.bfloat16, progress=progress, cache=cache)
-        data.z = cached(cache, "latents", lambda: latents.encode_many(images), latents.vae, latents.mean, latents.std, images, has_bf16())
+        data.f0 = encode_images(encoder, images, dtype=torch.bfloat16,
+                                progress=progress, cache=cache)
+        depends_on = (latents.vae, latents.mean, latents.std, images, has_bf16())
+        data.z = cached(cache, "latents", build, *depends_on)
     return data
 
 # %% ../nbs/02_decoders.ipynb #479ef190
 class DecoderTask(Task):
     "Train one decoder; `scales` with more than one entry is the common base, a batch at a time."
-    def __init__(self, preset: Preset, decoder, data: DecoderData, scales=(2,), name="decoder", seed: int = 0):
-        self.preset, self.model, self.data, self.scales, self.name, self.seed = preset, decoder, data, scales, name, seed
-        self.weights, self.schedule, self.cycle = dict(denoise=1.0), noise_schedule(preset.decoder), max(6, len(scales))
+    def __init__(
+        self, preset: Preset, decoder, data: DecoderData,
+        scales=(2,), name="decoder", seed: int = 0
+    ):
+        self.preset = preset
+        self.model = decoder
+        self.data = data
+        self.scales = scales
+        self.name = name
+        self.seed = seed
+        self.weights = dict(denoise=1.0)
+        self.schedule = noise_schedule(preset.decoder)
+        self.cycle = max(6, len(scales))
 
-    def checkpointing(self): next(m for m in self.model.modules() if isinstance(m, UNet2DConditionModel)).enable_gradient_checkpointing()
+    def checkpointing(self):
+        unets = [m for m in self.model.modules() if isinstance(m, UNet2DConditionModel)]
+        unets[0].enable_gradient_checkpointing()
 
-    def blocks(self): return [m for m in self.model.modules() if isinstance(m, BasicTransformerBlock)]
+    def blocks(self):
+        return [m for m in self.model.modules() if isinstance(m, BasicTransformerBlock)]
 
-    def reads(self): return dict(images=len(self.data), first=fingerprint(self.data.images[:1]))
+    def reads(self):
+        return dict(images=len(self.data), first=fingerprint(self.data.images[:1]))
+
+    def batch(self, positions, step):
+        return _decoder_batch(self, positions, step)  # shown below
 
     def counts(self, b): return dict(denoise=b["x0"].numel())
 
     def sample(self, model, step, folder):
         "Decode the features of four training images, if there is a place to put them."
         if folder is None or len(self.scales) > 1: return
-        d, i = self.preset.decoder, self.scales[0]
-        f, null = pyramid(self.data.rows(np.arange(4))[1], i)[i], pyramid(self.data.black_f0, i)[i]
-        pipe = DecoderPipeline(model.eval(), self.data.latents.vae, make_scheduler(d.sampler, d))
-        for k, x in enumerate(pipe(f, null, self.data.latents, d.sampling_steps, d.guidance, list(range(4)))): save_image(x, Path(folder) / f"step_{step:06d}_{k}.png", 128)
+        d = self.preset.decoder
+        i = self.scales[0]
+        f = pyramid(self.data.rows(np.arange(4))[1], i)[i]
+        null = pyramid(self.data.black_f0, i)[i]
+        scheduler = make_scheduler(d.sampler, d)
+        pipe = DecoderPipeline(model.eval(), self.data.latents.vae, scheduler)
+        seeds = list(range(4))
+        pictures = pipe(f, null, self.data.latents, d.sampling_steps, d.guidance, seeds)
+        for k, x in enumerate(pictures):
+            save_image(x, Path(folder) / f"step_{step:06d}_{k}.png", 128)
         model.train()
+
+    def _target(self, b):
+        "What the network should predict."
+        if self.preset.decoder.prediction != "v_prediction": return b["noise"]
+        return self.schedule.get_velocity(b["x0"], b["noise"], b["t"])
 
     def losses(self, model, b, step):
         d = self.preset.decoder
-        xt = self.schedule.add_noise(b["x0"], b["noise"], b["t"]).to(memory_format=memory_format(b["x0"].device))
-        target = self.schedule.get_velocity(b["x0"], b["noise"], b["t"]) if d.prediction == "v_prediction" else b["noise"]
-        error = (model(xt, b["t"], b["features"], b["position"]).float() - target) ** 2
-        if d.min_snr: error = error * snr_weight(self.schedule, b["t"], d.min_snr, d.prediction).view(-1, 1, 1, 1)
+        xt = self.schedule.add_noise(b["x0"], b["noise"], b["t"])
+        xt = xt.to(memory_format=memory_format(b["x0"].device))
+        predicted = model(xt, b["t"], b["features"], b["position"]).float()
+        error = (predicted - self._target(b)) ** 2
+        if d.min_snr:
+            weight = snr_weight(self.schedule, b["t"], d.min_snr, d.prediction)
+            error = error * weight.view(-1, 1, 1, 1)
         return dict(denoise=error.sum())
 
 # %% ../nbs/02_decoders.ipynb #75284616
-@patch
-def batch(self: DecoderTask, positions, step):
-    d, device, key = self.preset.decoder, next(self.model.parameters()).device, (self.seed, self.name)
-    scale = self.scales[step % len(self.scales)]
-    x0, f0 = self.data.rows(sample_ids(positions, len(self.data), seed_of(*key)))
-    u = np.array([np_rng(*key, "choice", int(p)).random(4) for p in positions])
-    blank = torch.tensor(u[:, 0] < d.blank)
-    x0 = torch.where(blank.view(-1, 1, 1, 1), self.data.black_latent, x0)
-    grid = pyramid(f0, scale)[scale]
-    amount = torch.tensor(np.where(u[:, 1] < .5, u[:, 2] * d.feature_noise[scale], 0), dtype=torch.float32).view(-1, 1, 1)
-    grid = grid + amount * self.data.stats.std[scale] * noise_for(positions, *grid.shape[1:], keys=(*key, "features"))
-    grid = torch.where(blank.view(-1, 1, 1), pyramid(self.data.black_f0, scale)[scale], grid)
-    if d.normalize and len(self.scales) > 1: grid = self.data.stats.normalize(grid, scale)  # a dedicated decoder does this itself
+def _choices(task, positions): # len(positions) x 4 in 0..1
+    "Four random numbers for each row: is it blank, is it noisy, how noisy, at what time."
+    rngs = [np_rng(task.seed, task.name, "choice", int(p)) for p in positions]
+    return np.array([rng.random(4) for rng in rngs])
+
+def _offset_noise(task, positions, x0): # Of the shape of x0
+    "Noise whose channels are shifted by common amounts (A.1)."
+    key = (task.seed, task.name)
     noise = noise_for(positions, *x0.shape[1:], keys=(*key, "noise"))
-    noise = noise + d.noise_offset * noise_for(positions, x0.shape[1], 1, 1, keys=(*key, "offset"))
-    t = torch.tensor((u[:, 3] * 1000).astype(int))
-    return {k: v.to(device) for k, v in dict(x0=x0, noise=noise, t=t, features=grid, position=1 - blank.float()).items()}
+    offset = noise_for(positions, x0.shape[1], 1, 1, keys=(*key, "offset"))
+    return noise + task.preset.decoder.noise_offset * offset
+
+def _disturbed(task, grid, scale, positions, u): # B x N x C
+    "Features with noise in about half of the rows (ours)."
+    amount = np.where(u[:, 1] < .5, u[:, 2] * task.preset.decoder.feature_noise[scale], 0)
+    amount = torch.tensor(amount, dtype=torch.float32).view(-1, 1, 1)
+    noise = noise_for(positions, *grid.shape[1:], keys=(task.seed, task.name, "features"))
+    return grid + amount * task.data.stats.std[scale] * noise
+
+# %% ../nbs/02_decoders.ipynb #779189c0
+def _conditions(task, f0, scale, positions, u, blank): # B x N x C
+    "The features that the rows of a batch are conditioned on."
+    grid = _disturbed(task, pyramid(f0, scale)[scale], scale, positions, u)
+    black = pyramid(task.data.black_f0, scale)[scale]
+    grid = torch.where(blank.view(-1, 1, 1), black, grid)
+    # a dedicated decoder does this itself
+    if task.preset.decoder.normalize and len(task.scales) > 1:
+        grid = task.data.stats.normalize(grid, scale)
+    return grid
+
+# %% ../nbs/02_decoders.ipynb #6059281f
+def _decoder_batch(task, positions, step):
+    "What a step trains on."
+    device = next(task.model.parameters()).device
+    scale = task.scales[step % len(task.scales)]
+    ids = sample_ids(positions, len(task.data), seed_of(task.seed, task.name))
+    x0, f0 = task.data.rows(ids)
+    u = _choices(task, positions)
+    blank = torch.tensor(u[:, 0] < task.preset.decoder.blank)
+    x0 = torch.where(blank.view(-1, 1, 1, 1), task.data.black_latent, x0)
+    b = dict(
+        x0=x0,
+        noise=_offset_noise(task, positions, x0),
+        t=torch.tensor((u[:, 3] * 1000).astype(int)),
+        features=_conditions(task, f0, scale, positions, u, blank),
+        position=1 - blank.float())
+    return {k: v.to(device) for k, v in b.items()}
 
 # %% ../nbs/02_decoders.ipynb #334353bf
 @torch.no_grad()
-def guided(decoder, x, t, features, null, guidance: float): # Prediction for B x c x h x w
+def guided(
+    decoder, x,      # B x c x h x w
+    t, features,
+    null,            # The black image's features
+    guidance: float
+): # Prediction for B x c x h x w
     "Classifier-free guidance with the black image's features as the null condition."
     if guidance == 1: return decoder(x, t.expand(len(x)), features)
-    both, weight = torch.cat([null.expand_as(features), features]), torch.cat([torch.zeros(len(x)), torch.ones(len(x))]).to(x)
+    both = torch.cat([null.expand_as(features), features])
+    weight = torch.cat([torch.zeros(len(x)), torch.ones(len(x))]).to(x)
     v_null, v = decoder(torch.cat([x, x]), t.expand(2 * len(x)), both, weight).chunk(2)
     return v_null + guidance * (v - v_null)
 
+# %% ../nbs/02_decoders.ipynb #0df40e3d
 @torch.no_grad()
-def ddim_by_hand(decoder, schedule, x, features, null, times, guidance: float = 2.0): # times: descending, say [999, 749, ..., 0]
+def ddim_by_hand(
+    decoder, schedule, x, features, null,
+    times,                 # Descending, say [999, 749, ..., 0]
+    guidance: float = 2.0
+):
     "DDIM in a few lines, for reading; `DecoderPipeline` is for use."
     a = schedule.alphas_cumprod.to(x)
     for t, s in zip(times, list(times[1:]) + [None]):
         v = guided(decoder, x, torch.tensor(t), features, null, guidance)
-        image, noise = a[t].sqrt() * x - (1 - a[t]).sqrt() * v, (1 - a[t]).sqrt() * x + a[t].sqrt() * v
-        x = a[s].sqrt() * image + (1 - a[s]).sqrt() * noise if s is not None else image
+        image = a[t].sqrt() * x - (1 - a[t]).sqrt() * v
+        noise = (1 - a[t]).sqrt() * x + a[t].sqrt() * v
+        x = image if s is None else a[s].sqrt() * image + (1 - a[s]).sqrt() * noise
     return x
 
 # %% ../nbs/02_decoders.ipynb #497feb05
@@ -298,7 +511,8 @@ def annealed(
     "Features as condition-annealed sampling shows them at time t."
     gamma = min(1.0, max(0.0, 1 - (t - (1 - hide)) / ramp))
     if gamma == 1: return f
-    y, over = gamma**.5 * f + (1 - gamma)**.5 * noise, dict(dim=(1, 2), keepdim=True)
+    y = gamma**.5 * f + (1 - gamma)**.5 * noise
+    over = dict(dim=(1, 2), keepdim=True)
     return (y - y.mean(**over)) / y.std(**over) * f.std(**over) + f.mean(**over)
 
 # %% ../nbs/02_decoders.ipynb #074c8459
@@ -307,6 +521,31 @@ class DecoderPipeline(DiffusionPipeline):
     def __init__(self, decoder: Decoder, vae: AutoencoderKL, scheduler: DDPMScheduler):
         super().__init__()
         self.register_modules(decoder=decoder, vae=vae, scheduler=scheduler)
+
+    def _start(self, seeds, device): # B x c x h x w
+        "Pure noise, each row from its own seed."
+        d = self.decoder.config
+        shape = (d.latent_channels, d.latent_side, d.latent_side)
+        noise = noise_for(seeds, *shape, keys=("sample",)).to(device)
+        return noise * self.scheduler.init_noise_sigma
+
+    def _hidden(self, features, t, k, seeds, anneal): # B x N x C
+        "What condition-annealed sampling shows of the features at step k, time t."
+        noise = noise_for(seeds, *features.shape[1:], keys=("anneal", k)).to(features.device)
+        seen = annealed(self.decoder.normalize(features), float(t) / 1000, anneal, noise)
+        return self.decoder.denormalize(seen)
+
+    def _predict(self, x, t, features, null, guidance, bf16):
+        "The decoder's prediction at time t."
+        with autocast(x.device, bf16):
+            x = self.scheduler.scale_model_input(x, t).to(memory_format=memory_format(x.device))
+            return guided(self.decoder, x, t, features, null, guidance).float()
+
+    def _own_noise(self, seeds): # Keywords for the scheduler's `step`
+        "A generator for each row, where a scheduler adds noise in its steps."
+        names = self.scheduler.step.__code__.co_varnames
+        if "generator" not in names: return {}
+        return dict(generator=[torch_rng("steps", s) for s in seeds])
 
     @torch.no_grad()
     def __call__(
@@ -317,39 +556,53 @@ class DecoderPipeline(DiffusionPipeline):
         guidance: float = 1.0,
         seeds=0,             # One seed, or one for each row
         bf16: bool = True,   # bfloat16 where the device is good at it
-        anneal: float = 0.0  # Condition-annealed sampling: how long features stay hidden; 0 turns it off
+        anneal: float = 0.0  # How long features stay hidden (`annealed`); 0: never
     ): # B x 3 x H x W in 0..1
         "Decode features to images."
-        d, B = self.decoder.config, len(features)
         device = next(self.decoder.parameters()).device
-        seeds = [seeds] * B if isinstance(seeds, int) else list(seeds)
-        x = noise_for(seeds, d.latent_channels, d.latent_side, d.latent_side, keys=("sample",)).to(device)
-        features, null = features.to(device, torch.float32), null.to(device, torch.float32)
+        seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
+        features = features.to(device, torch.float32)
+        null = null.to(device, torch.float32)
         self.scheduler.set_timesteps(steps, device=device)
-        g = [torch_rng("steps", s) for s in seeds]
-        x = x * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in self.scheduler.step.__code__.co_varnames
+        x = self._start(seeds, device)
+        own = self._own_noise(seeds)
         for k, t in enumerate(self.scheduler.timesteps):
-            seen = features
-            if anneal:
-                hidden = noise_for(seeds, *features.shape[1:], keys=("anneal", k)).to(device)
-                seen = self.decoder.denormalize(annealed(self.decoder.normalize(features), float(t) / 1000, anneal, hidden))
-            with autocast(device, bf16): v = guided(self.decoder, self.scheduler.scale_model_input(x, t).to(memory_format=memory_format(device)), t, seen, null, guidance).float()
-            x = self.scheduler.step(v, t, x, **(dict(generator=g) if takes_generator else {})).prev_sample
+            seen = self._hidden(features, t, k, seeds, anneal) if anneal else features
+            v = self._predict(x, t, seen, null, guidance, bf16)
+            x = self.scheduler.step(v, t, x, **own).prev_sample
         return latents.decode(x)
 
 # %% ../nbs/02_decoders.ipynb #21d60a92
 def make_scheduler(name: str, p: DecoderPreset):
     "A diffusers scheduler by name, with SDXL's noise schedule."
     cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "set_timesteps"): raise UserError(f"unknown scheduler {name!r}: use a diffusers class such as DPMSolverMultistepScheduler or DDPMScheduler")
+    if cls is None or not hasattr(cls, "set_timesteps"):
+        raise UserError(f"unknown scheduler {name!r}: use a diffusers class such as "
+                        "DPMSolverMultistepScheduler or DDPMScheduler")
     return cls.from_config(noise_schedule(p).config)
 
+def _load_decoder(path, preset: Preset, device):
+    "A decoder that a system was trained to."
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no decoder there; "
+                        "train it with: puma-nb train --stage decoders --out DIR")
+    with quietly():
+        decoder = Decoder.from_pretrained(path, torch_dtype=torch.float32)
+        decoder = decoder.to(device, memory_format=memory_format(device)).eval()
+    if preset.decoder.attention != "fused":
+        decoder.unet.set_attn_processor(AttnProcessor())
+    return decoder
+
+# %% ../nbs/02_decoders.ipynb #6b19ea1a
 class Decoders:
     "The five decoders of a system; each is loaded when it is first asked for."
     def __init__(self, preset: Preset, model_dir=None, device=None):
-        self.preset, self.dir, self.device = preset, Path(model_dir or package_dir("weights")), pick_device(device)
-        self.latents, self.encoder, self.models = load_latents(self.dir, self.device), load_encoder(self.dir, self.device), {}
+        self.preset = preset
+        self.dir = Path(model_dir or package_dir("weights"))
+        self.device = pick_device(device)
+        self.latents = load_latents(self.dir, self.device)
+        self.encoder = load_encoder(self.dir, self.device)
+        self.models = {}
         side = preset.encoder.image_size
         self.null = pyramid(encode_images(self.encoder, torch.zeros(1, 3, side, side)))
 
@@ -357,18 +610,30 @@ class Decoders:
         "The decoder of one scale."
         if scale not in self.models:
             path = self.dir / "decoders" / f"f{scale}"
-            if not (path / "config.json").exists(): raise UserError(f"{path}: no decoder there; train it with: puma-nb train --stage decoders --out DIR")
-            with quietly(): self.models[scale] = Decoder.from_pretrained(path, torch_dtype=torch.float32).to(self.device, memory_format=memory_format(self.device)).eval()
-            if self.preset.decoder.attention != "fused": self.models[scale].unet.set_attn_processor(AttnProcessor())
+            self.models[scale] = _load_decoder(path, self.preset, self.device)
         return self.models[scale]
 
-    def decode(self, features, scale: int, seeds=0, steps: int = None, guidance: float = None, sampler: str = None, batch: int = 100, bf16: bool = True, anneal: float = 0.0): # B x N x C -> B x 3 x H x W
+    def decode(
+        self, features,          # B x N x C
+        scale: int,
+        seeds=0,                 # One seed, or one for each row
+        steps: int = None,       # The preset's by default, and so are guidance and sampler
+        guidance: float = None, sampler: str = None,
+        batch: int = 100, bf16: bool = True, anneal: float = 0.0
+    ): # B x 3 x H x W
         "Images of features of one scale."
         d = self.preset.decoder
-        pipe = DecoderPipeline(self.model(scale), self.latents.vae, make_scheduler(sampler or d.sampler, d))
+        scheduler = make_scheduler(sampler or d.sampler, d)
+        pipe = DecoderPipeline(self.model(scale), self.latents.vae, scheduler)
         seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
-        return torch.cat([pipe(features[k:k + batch], self.null[scale], self.latents, steps or d.sampling_steps, d.guidance if guidance is None else guidance, seeds[k:k + batch], bf16, anneal).cpu()
-                          for k in range(0, len(features), batch)])
+        steps = steps or d.sampling_steps
+        guidance = d.guidance if guidance is None else guidance
+        images = []
+        for k in range(0, len(features), batch):
+            x = pipe(features[k:k + batch], self.null[scale], self.latents, steps, guidance,
+                     seeds[k:k + batch], bf16, anneal)
+            images.append(x.cpu())
+        return torch.cat(images)
 
     def reconstruct(self, images, scales=SCALES, seeds=0, **kwargs): # {scale: B x 3 x H x W}
         "Encode images and decode each named scale."
@@ -384,79 +649,155 @@ def fidelity_diversity(
 ): # {scale: {"psnr_r", "lpips_r", "psnr_d", "lpips_d"}: tensors of N}
     "Reconstruction against the original, and the difference between two seeds."
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    out, f0 = {}, encode_images(decoders.encoder, images)
+    f0 = encode_images(decoders.encoder, images)
+    out = {}
     for i in scales:
         f = pyramid(f0, i)[i]
-        a, b = (decoders.decode(f, i, seeds=[s + 2 * k for k in range(len(f))], **kwargs) for s in (0, 1))
-        out[i] = dict(psnr_r=psnr(a, x), lpips_r=lpips_distance(a, x, trunk), psnr_d=psnr(a, b), lpips_d=lpips_distance(a, b, trunk))
+        seeds = [2 * k for k in range(len(f))]
+        a = decoders.decode(f, i, seeds=seeds, **kwargs)
+        b = decoders.decode(f, i, seeds=[s + 1 for s in seeds], **kwargs)
+        out[i] = dict(
+            psnr_r=psnr(a, x),
+            lpips_r=lpips_distance(a, x, trunk),
+            psnr_d=psnr(a, b),
+            lpips_d=lpips_distance(a, b, trunk))
     return out
 
 # %% ../nbs/02_decoders.ipynb #ae95d968
-def _own_name(key): return key if key.startswith(("mapping_layer.", "embed_img_pos")) else f"unet.{key}"
+def _own_name(key):
+    "What a tensor of the released file is called in ours."
+    return key if key.startswith(("mapping_layer.", "embed_img_pos")) else f"unet.{key}"
 
+def _each_level(v, levels):
+    "One number for all levels of a UNet, or one for each, as one for each."
+    return tuple(v) if isinstance(v, (list, tuple)) else (v,) * levels
+
+def _transformers(config, levels):
+    "How many transformers each level of a released UNet has."
+    numbers = _each_level(config.get("transformer_layers_per_block", 1), levels)
+    depth = []
+    for n, kind in zip(numbers, config["down_block_types"]):
+        depth.append(n if "CrossAttn" in kind else 0)
+    return tuple(depth)
+
+# %% ../nbs/02_decoders.ipynb #22fd9bc9
 def _decoder_like(config: dict, scale: int, feature_size: int): # A `Decoder` on the meta device
     "The decoder around a UNet of a released configuration."
     levels = len(config["block_out_channels"])
-    wide = lambda v: tuple(v) if isinstance(v, (list, tuple)) else (v,) * levels
-    depth = tuple(k if "CrossAttn" in t else 0 for k, t in zip(wide(config.get("transformer_layers_per_block", 1)), config["down_block_types"]))
     with torch.device("meta"):
-        return Decoder(feature_size, scale, config["in_channels"], config["sample_size"], tuple(config["block_out_channels"]), config["layers_per_block"], wide(config["attention_head_dim"]),
-                       config["cross_attention_dim"], config["norm_num_groups"], (0,), transformers=depth, linear_projection=config.get("use_linear_projection", False))
+        return Decoder(
+            feature_size=feature_size,
+            scale=scale,
+            latent_channels=config["in_channels"],
+            latent_side=config["sample_size"],
+            channels=tuple(config["block_out_channels"]),
+            layers_per_block=config["layers_per_block"],
+            heads=_each_level(config["attention_head_dim"], levels),
+            cross_size=config["cross_attention_dim"],
+            norm_groups=config["norm_num_groups"],
+            position_scales=(0,),
+            transformers=_transformers(config, levels),
+            linear_projection=config.get("use_linear_projection", False))
 
+# %% ../nbs/02_decoders.ipynb #3ad0c0c3
 def _compare(found: dict, wanted: dict, where):
-    "Every tensor there, none too many, each of its shape; or an error that names the first that is not."
-    for what, keys in (("lacks", wanted.keys() - found.keys()), ("has the unexpected", found.keys() - wanted.keys())):
-        if keys: raise UserError(f"{where}: the checkpoint {what} {sorted(keys)[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    "Every tensor there, none too many, each of its shape; or an error that names the first."
+    missing = wanted.keys() - found.keys()
+    extra = found.keys() - wanted.keys()
+    for what, keys in (("lacks", missing), ("has the unexpected", extra)):
+        if not keys: continue
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise UserError(f"{where}: the checkpoint {what} {sorted(keys)[0]}{more}")
     for k, v in wanted.items():
-        if found[k].shape != v.shape: raise UserError(f"{where}: {k} has the shape {tuple(found[k].shape)}, wanted is {tuple(v.shape)}")
+        shape = tuple(found[k].shape)
+        if shape != tuple(v.shape):
+            raise UserError(f"{where}: {k} has the shape {shape}, wanted is {tuple(v.shape)}")
 
 # %% ../nbs/02_decoders.ipynb #2bf2dcb2
-@patch(cls_method=True)
-def from_puma_checkpoint(
-    cls: Decoder,
-    folder,     # Holds unet_1 ... unet_256
-    scale: int
-): # A `Decoder`
-    "Read one of the authors' released decoders."
+def _read_released(folder, scale): # A `Decoder`
+    "`Decoder.from_puma_checkpoint`."
     path = Path(folder) / f"unet_{TOKENS[scale]}"
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
-    if not files or not (path / "config.json").exists(): raise UserError(f"{path}: config.json and diffusion_pytorch_model*.safetensors are needed there")
-    with reading(path, "decoder"): state = {_own_name(k): v for f in files for k, v in load_file(f).items()}
-    if "mapping_layer.weight" not in state: raise UserError(f"{path}: the checkpoint lacks mapping_layer.weight")
-    decoder = _decoder_like(json.loads((path / "config.json").read_text()), scale, state["mapping_layer.weight"].shape[1])
+    if not files or not (path / "config.json").exists():
+        raise UserError(f"{path}: config.json and diffusion_pytorch_model*.safetensors "
+                        "are needed there")
+    state = {}
+    with reading(path, "decoder"):
+        for f in files: state |= load_file(f)
+    state = {_own_name(k): v for k, v in state.items()}
+    if "mapping_layer.weight" not in state:
+        raise UserError(f"{path}: the checkpoint lacks mapping_layer.weight")
+    config = json.loads((path / "config.json").read_text())
+    decoder = _decoder_like(config, scale, state["mapping_layer.weight"].shape[1])
     _compare(state, decoder.state_dict(), path)
     decoder.load_state_dict(state, assign=True)
     return decoder.eval()
 
-@patch
-def save_puma_checkpoint(self: Decoder, folder):
-    "Write a decoder in the released layout."
-    if extra := [n for n in ("where", "feature_mean") if n in self.state_dict()]: raise UserError(f"the released layout has no place for {extra[0]}: only decoders without coordinates and statistics fit")
-    path = Path(folder) / f"unet_{TOKENS[self.config.scale]}"; path.mkdir(parents=True, exist_ok=True)
-    self.unet.save_config(path)
-    save_tensors({k.removeprefix("unet."): v for k, v in self.state_dict().items()}, path / "diffusion_pytorch_model.safetensors")
+# %% ../nbs/02_decoders.ipynb #b1e49f5a
+def _write_released(decoder, folder):
+    "`Decoder.save_puma_checkpoint`."
+    state = decoder.state_dict()
+    for name in ("where", "feature_mean"):
+        if name in state:
+            raise UserError(f"the released layout has no place for {name}: "
+                            "only decoders without coordinates and statistics fit")
+    path = Path(folder) / f"unet_{TOKENS[decoder.config.scale]}"
+    path.mkdir(parents=True, exist_ok=True)
+    decoder.unet.save_config(path)
+    tensors = {k.removeprefix("unet."): v for k, v in state.items()}
+    save_tensors(tensors, path / "diffusion_pytorch_model.safetensors")
 
 # %% ../nbs/02_decoders.ipynb #e7fbde0e
 def own_pictures(preset: Preset, source, progress=False): # N x 3 x H x W uint8
     "A user's pictures at the autoencoder's size, small ones left out (A.1)."
-    x, left_out = image_set(source, preset.autoencoder.image_size, min_side=preset.decoder.min_side, progress=progress)
-    if is_main(): print(f"{source}: {len(x)} pictures" + "".join(f", {n} left out: {why}" for why, n in left_out.items()), flush=True)
+    side, min_side = preset.autoencoder.image_size, preset.decoder.min_side
+    x, left_out = image_set(source, side, min_side=min_side, progress=progress)
+    if is_main():
+        why_not = "".join(f", {n} left out: {why}" for why, n in left_out.items())
+        print(f"{source}: {len(x)} pictures{why_not}", flush=True)
     return x
 
-def train_autoencoder(preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(), images=None):
-    "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back. `images`: train on these pictures instead of the world's."
-    begun, out, stage = time.time(), Path(out), preset.stages["autoencoder"]
-    task = AutoencoderTask(preset, seed, images and own_pictures(preset, images, progress))
-    log = fit(task, stage, out / "autoencoder", seed, resume, device, name="autoencoder", progress=progress, run=run)
-    if not is_main(): return
-    latents = standardize(task.model.vae, task.images[:2000])
-    shown, scenes = world_images(preset, "val", min(300, preset.world.val), seed, preset.autoencoder.image_size) if images is None else (task.images[:300], None)
+def _measure_autoencoder(preset, latents, shown, scenes): # {gate: (value, least value wanted)}
+    "How well pictures come back; without scenes the oracle is not asked."
     back = torch.cat([latents.decode(latents.encode(p)).cpu() for p in shown.split(100)])
     gates = dict(psnr=(psnr(back, shown.float() / 255).mean(), 28))
-    if scenes: gates["oracle"] = (score_scenes(scenes, [read_scene(x) for x in back])["attributes"], 0.97)
-    task.model.requires_grad_(True); speed = speed_report(task, stage, log); task.model.requires_grad_(False)
+    if scenes:
+        scores = score_scenes(scenes, [read_scene(x) for x in back])
+        gates["oracle"] = (scores["attributes"], 0.97)
+    return gates
+
+# %% ../nbs/02_decoders.ipynb #da57ebdc
+def _speed_unfrozen(task, stage, log):
+    "The speed report of a model that was frozen after its training."
+    task.model.requires_grad_(True)
+    speed = speed_report(task, stage, log)
+    task.model.requires_grad_(False)
+    return speed
+
+# %% ../nbs/02_decoders.ipynb #90980742
+def train_autoencoder(
+    preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(),
+    images=None # Train on these pictures instead of the world's
+):
+    "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back."
+    begun = time.time()
+    out = Path(out)
+    stage = preset.stages["autoencoder"]
+    task = AutoencoderTask(preset, seed, images and own_pictures(preset, images, progress))
+    log = fit(task, stage, out / "autoencoder", seed, resume, device, name="autoencoder",
+              progress=progress, run=run)
+    if not is_main(): return
+    latents = standardize(task.model.vae, task.images[:2000])
+    shown = task.images[:300]
+    scenes = None
+    if images is None:
+        n, side = min(300, preset.world.val), preset.autoencoder.image_size
+        shown, scenes = world_images(preset, "val", n, seed, side)
+    gates = _measure_autoencoder(preset, latents, shown, scenes)
+    speed = _speed_unfrozen(task, stage, log)
     latents.save(out / "autoencoder")
-    finish_stage(out, "autoencoder", stage, gates, seconds=round(time.time() - begun), speed=speed, measured_on="validation" if scenes else "training pictures")
+    finish_stage(out, "autoencoder", stage, gates, seconds=round(time.time() - begun),
+                 speed=speed, measured_on="validation" if scenes else "training pictures")
 
 # %% ../nbs/02_decoders.ipynb #0525b99e
 class BaseDecoder(nn.Module):
@@ -465,27 +806,42 @@ class BaseDecoder(nn.Module):
         super().__init__()
         self.net = build_decoder(preset, 0, normalize=False)
         if hasattr(self.net, "embed_img_pos"): del self.net.embed_img_pos
-        self.tables = {TOKENS[i]: sincos_2d(SIDES[i], preset.decoder.cross_size) for i in preset.decoder.position_scales}
+        d = preset.decoder
+        self.tables = {TOKENS[i]: sincos_2d(SIDES[i], d.cross_size) for i in d.position_scales}
 
     @property
     def config(self): return self.net.config
 
-    def condition(self, features, position_weight=1.0): # normalised features, B x N x C; N tells the scale
-        table, e = self.tables.get(features.shape[1]), self.net.mapping_layer(features)
-        return e if table is None else e + torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1) * table.to(e)
+    def condition(
+        self, features,     # B x N x C, normalised; N tells the scale
+        position_weight=1.0
+    ): # B x N x cross_size
+        "Features as cross-attention reads them."
+        e = self.net.mapping_layer(features)
+        table = self.tables.get(features.shape[1])
+        if table is None: return e
+        weight = torch.as_tensor(position_weight, dtype=e.dtype, device=e.device).view(-1, 1, 1)
+        return e + weight * table.to(e)
 
     def forward(self, latents, timestep, features, position_weight=1.0):
-        net, e = self.net, self.condition(features, position_weight)
-        if net.config.coordinates: latents = torch.cat([latents, net.where.expand(len(latents), -1, -1, -1).to(latents.dtype)], 1)
-        return net.unet(latents, timestep, encoder_hidden_states=e).sample
+        e = self.condition(features, position_weight)
+        latents = self.net._with_coordinates(latents)
+        return self.net.unet(latents, timestep, encoder_hidden_states=e).sample
 
+# %% ../nbs/02_decoders.ipynb #d4ae8ad0
 BASE_SCALES = (2, 2, 3, 2, 1, 2, 4, 2, 0, 3)  # the base's diet, a batch each: mostly f2 (ours)
 
-def specialise(base: Decoder, preset: Preset, scale: int, stats: FeatureStats): # A dedicated decoder
+def specialise(
+    base: Decoder, preset: Preset, scale: int, stats: FeatureStats
+): # A dedicated decoder
     "Copy the base, give it one scale's statistics and its own position table."
     d = build_decoder(preset, scale)
-    d.load_state_dict({k: v for k, v in base.state_dict().items() if k in d.state_dict() and k != "embed_img_pos"}, strict=False)
-    if d.config.normalize: d.feature_mean.copy_(stats.mean[scale]); d.feature_std.copy_(stats.std[scale])
+    shared = d.state_dict().keys() - {"embed_img_pos"}
+    weights = {k: v for k, v in base.state_dict().items() if k in shared}
+    d.load_state_dict(weights, strict=False)
+    if d.config.normalize:
+        d.feature_mean.copy_(stats.mean[scale])
+        d.feature_std.copy_(stats.std[scale])
     return d
 
 # %% ../nbs/02_decoders.ipynb #06ef3778
@@ -493,51 +849,114 @@ PARTS = ("base", *SCALES)
 
 def _part(home, part): return home / (part if part == "base" else f"f{part}")
 
+def _is_ready(home, part):
+    "Whether a part is finished: its report is written last."
+    return (_part(home, part) / "part.json").exists()
+
 def _report(folder, task, stage, log, begun):
     "What a finished part took. Whoever finds this file may rely on the part."
-    save_json(dict(seconds=round(time.time() - begun), **speed_report(task, stage, log)), folder / "part.json")
+    took = round(time.time() - begun)
+    save_json(dict(seconds=took, **speed_report(task, stage, log)), folder / "part.json")
 
-def _train_base(preset, home, data, seed, resume, device, progress, run, ready): # The base
+# %% ../nbs/02_decoders.ipynb #94a65f6c
+def _train_base(preset, home, data, how, ready): # The base
     "Train the common base, or read it."
-    torch.manual_seed(seed_of(seed, "decoders"))
-    base, folder, begun, stage = BaseDecoder(preset), _part(home, "base"), time.time(), preset.stages["base"]
-    if ready: base.net.load_state_dict(load_file(folder / "base.safetensors")); return base
-    task = DecoderTask(preset, base, data, BASE_SCALES, "base", seed)
-    log = fit(task, stage, folder, seed, resume, device, name="base decoder", progress=progress, run=run)
-    if is_main(): save_tensors(task.model.net.state_dict(), folder / "base.safetensors"); _report(folder, task, stage, log, begun)
+    torch.manual_seed(seed_of(how["seed"], "decoders"))
+    base = BaseDecoder(preset)
+    folder = _part(home, "base")
+    if ready:
+        base.net.load_state_dict(load_file(folder / "base.safetensors"))
+        return base
+    begun = time.time()
+    stage = preset.stages["base"]
+    task = DecoderTask(preset, base, data, BASE_SCALES, "base", how["seed"])
+    log = fit(task, stage, folder, name="base decoder", **how)
+    if is_main():
+        save_tensors(task.model.net.state_dict(), folder / "base.safetensors")
+        _report(folder, task, stage, log, begun)
     if not is_sharded(base): return base
     PartialState().wait_for_everyone()  # a base in parts cannot be copied: all read what was saved
-    return _train_base(preset, home, data, seed, resume, device, progress, run, ready=True)
+    return _train_base(preset, home, data, how, ready=True)
 
-def _train_one(preset, base, scale, home, data, seed, resume, device, progress, run):
+# %% ../nbs/02_decoders.ipynb #bcbf5c05
+def _train_one(preset, base, scale, home, data, how):
     "Train the decoder of one scale, starting from the base."
-    decoder, folder, begun, stage = specialise(base.net, preset, scale, data.stats), _part(home, scale), time.time(), preset.stages[f"f{scale}"]
-    task = DecoderTask(preset, decoder, data, (scale,), f"f{scale}", seed)
-    log = fit(task, stage, folder, seed, resume, device, name=f"decoder f{scale}", progress=progress, sample_every=max(1, stage.steps // 2), run=run)
-    if is_main(): task.model.save_pretrained(folder); _report(folder, task, stage, log, begun)
+    decoder = specialise(base.net, preset, scale, data.stats)
+    begun = time.time()
+    name = f"f{scale}"
+    folder = _part(home, scale)
+    stage = preset.stages[name]
+    task = DecoderTask(preset, decoder, data, (scale,), name, how["seed"])
+    halfway = max(1, stage.steps // 2)
+    log = fit(task, stage, folder, name=f"decoder {name}", sample_every=halfway, **how)
+    if is_main():
+        task.model.save_pretrained(folder)
+        _report(folder, task, stage, log, begun)
 
 # %% ../nbs/02_decoders.ipynb #39575d95
+def _check_parts(home, parts, resume):
+    "Refuse to train what has no base yet, or is finished already."
+    if "base" not in parts and not _is_ready(home, "base"):
+        raise UserError(f"{home}: the common base is not there; train it first with --parts base")
+    done = [str(p) for p in parts if _is_ready(home, p)]
+    if done and not resume:
+        raise UserError(f"{home}: finished before: {', '.join(done)}; "
+                        "add --resume, or choose another --out")
+
+# %% ../nbs/02_decoders.ipynb #d66874be
+def _finish_decoders(preset, out, home, device, shown, measured_on):
+    "Measure the five together, write the report, drop the checkpoints."
+    table = {}
+    for i, row in fidelity_diversity(Decoders(preset, out, device), shown).items():
+        table[f"f{i}"] = {k: float(v.mean()) for k, v in row.items()}
+    took = {}
+    for part in PARTS:
+        folder = _part(home, part)
+        took[folder.name] = json.loads((folder / "part.json").read_text())
+    seconds = sum(r["seconds"] for r in took.values())
+    gates = dict(psnr_f0=(table["f0"]["psnr_r"], 23))
+    finish_stage(out, "decoders", preset.stages["base"], gates, seconds=seconds, parts=took,
+                 table=table, measured_on=measured_on)
+    for k in took: shutil.rmtree(home / k / "checkpoints", ignore_errors=True)
+
+# %% ../nbs/02_decoders.ipynb #53ab42fe
+def _training_pictures(preset, images, seed, progress): # N x 3 x H x W uint8
+    "The user's pictures, or the world's."
+    if images: return own_pictures(preset, images, progress)
+    return world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0]
+
+def _report_if_complete(preset, out, home, device, seed, pictures, own):
+    "The stage's report, or which parts are still to train."
+    missing = [f"f{i}" for i in SCALES if not _is_ready(home, i)]
+    if missing:
+        print(f"decoders: still to train: {', '.join(missing)}", flush=True)
+        return
+    if own:
+        return _finish_decoders(preset, out, home, device, pictures[:200], "training pictures")
+    n, side = min(200, preset.world.val), preset.autoencoder.image_size
+    shown, _ = world_images(preset, "val", n, seed, side)
+    _finish_decoders(preset, out, home, device, shown, "validation")
+
+# %% ../nbs/02_decoders.ipynb #c1f4e733
 def train_decoders(
     preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(),
     parts=PARTS, # Which to train now
     images=None, # Train on these pictures instead of the world's: see `image_files`
     cache=None   # Folder that keeps features and latents from run to run
 ):
-    "Stage `decoders`: the common base, then one decoder for each scale with the paper's ratio of steps (A.1)."
-    out = Path(out); home = out / "decoders"
-    ready = lambda part: (_part(home, part) / "part.json").exists()  # written last
-    if "base" not in parts and not ready("base"): raise UserError(f"{home}: the common base is not there; train it first with --parts base")
-    if not resume and (done := [str(p) for p in parts if ready(p)]): raise UserError(f"{home}: finished before: {', '.join(done)}; add --resume, or choose another --out")
-    encoder, latents, stats = load_encoder(out, device), load_latents(out, device), load_stats(out)
-    pictures = own_pictures(preset, images, progress) if images else world_images(preset, seed=seed, side=preset.autoencoder.image_size)[0]
+    "Stage `decoders`: the common base, then one decoder a scale; steps in the paper's ratio (A.1)."
+    out = Path(out)
+    home = out / "decoders"
+    _check_parts(home, parts, resume)
+    encoder = load_encoder(out, device)
+    latents = load_latents(out, device)
+    stats = load_stats(out)
+    pictures = _training_pictures(preset, images, seed, progress)
     data = decoder_data(preset, encoder, latents, pictures, stats, cache, progress)
-    todo = [i for i in parts if i != "base" and not ready(i)]  # before anything is written: all processes agree
-    base = _train_base(preset, home, data, seed, resume, device, progress, run, ready("base"))
-    for i in todo: _train_one(preset, base, i, home, data, seed, resume, device, progress, run)
+    # before anything is written: all processes agree
+    todo = [i for i in parts if i != "base" and not _is_ready(home, i)]
+    how = dict(seed=seed, resume=resume, device=device, progress=progress, run=run)
+    base = _train_base(preset, home, data, how, _is_ready(home, "base"))
+    for i in todo: _train_one(preset, base, i, home, data, how)
     if not is_main(): return
-    if missing := [f"f{i}" for i in SCALES if not ready(i)]: print(f"decoders: still to train: {', '.join(missing)}", flush=True); return
-    shown = pictures[:200] if images else world_images(preset, "val", min(200, preset.world.val), seed, preset.autoencoder.image_size)[0]
-    table = {f"f{i}": {k: float(v.mean()) for k, v in r.items()} for i, r in fidelity_diversity(Decoders(preset, out, device), shown).items()}
-    took = {_part(home, p).name: json.loads((_part(home, p) / "part.json").read_text()) for p in PARTS}
-    finish_stage(out, "decoders", preset.stages["base"], dict(psnr_f0=(table["f0"]["psnr_r"], 23)), seconds=sum(r["seconds"] for r in took.values()), parts=took, table=table, measured_on="training pictures" if images else "validation")
-    for k in took: shutil.rmtree(home / k / "checkpoints", ignore_errors=True)
+    _report_if_complete(preset, out, home, device, seed, pictures, own=bool(images))

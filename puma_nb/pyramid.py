@@ -30,8 +30,10 @@ def pool(
     tokens # B x N x C, row-major, N a square number
 ): # B x N/4 x C
     "Average 2x2 neighbours of a token grid (Eq. 1)."
-    B, N, C = tokens.shape; side = int(N**0.5)
-    return F.avg_pool2d(tokens.transpose(1, 2).reshape(B, C, side, side), 2).flatten(2).transpose(1, 2)
+    B, N, C = tokens.shape
+    side = int(N**0.5)
+    grid = tokens.transpose(1, 2).reshape(B, C, side, side)
+    return F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
 
 def pyramid(
     f0,              # B x 256 x C
@@ -43,28 +45,52 @@ def pyramid(
     return grids
 
 # %% ../nbs/01_pyramid.ipynb #1f96bc6a
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/clip-vit-large-patch14
+# of openai/clip-vit-large-patch14
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def vision_config(p: EncoderPreset):
     "The `transformers` configuration of a preset's encoder."
-    return CLIPVisionConfig(hidden_size=p.hidden_size, intermediate_size=p.mlp_size, projection_dim=p.projection_size, num_hidden_layers=p.layers,
-                            num_attention_heads=p.heads, image_size=p.image_size, patch_size=p.patch_size)
+    return CLIPVisionConfig(
+        hidden_size=p.hidden_size,
+        intermediate_size=p.mlp_size,
+        projection_dim=p.projection_size,
+        num_hidden_layers=p.layers,
+        num_attention_heads=p.heads,
+        image_size=p.image_size,
+        patch_size=p.patch_size)
 
+# %% ../nbs/01_pyramid.ipynb #5e455e4c
+def _center_square(x):
+    "The middle square of pictures."
+    h, w = x.shape[-2:]
+    side = min(h, w)
+    top = (h - side) // 2
+    left = (w - side) // 2
+    return x[..., top:top + side, left:left + side]
+
+def _resized(x, side):
+    "Pictures in 0..1, squeezed or stretched to side x side."
+    x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    return x.clamp(0, 1)
+
+# %% ../nbs/01_pyramid.ipynb #80e2dde0
 def preprocess(
     images, # B x 3 x H x W, uint8 or 0..1
     side: int, # Pixels the encoder wants
     resize: str = "squash" # One of `RESIZES`
 ): # B x 3 x side x side, normalised
     "Resize to the encoder's side and normalise as CLIP does."
-    if resize not in RESIZES: raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
+    if resize not in RESIZES:
+        raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    if resize == "crop":
-        h, w = x.shape[-2:]; s = min(h, w)
-        x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
-    if x.shape[-2:] != (side, side): x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-    m, s = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return (x - m) / s
+    if resize == "crop": x = _center_square(x)
+    if x.shape[-2:] != (side, side): x = _resized(x, side)
+    mean = torch.tensor(CLIP_MEAN, device=x.device).view(1, 3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=x.device).view(1, 3, 1, 1)
+    return (x - mean) / std
 
+# %% ../nbs/01_pyramid.ipynb #69000743
 def encode(
     encoder, images,       # B x 3 x H x W
     resize: str = "squash",
@@ -79,39 +105,74 @@ def encode(
 GRAY_SHARE = 0.15          # ours
 READ_SCALES = (0, 1, 2, 3) # scales from which a cell's pixels are read out linearly: ours
 
-def _without_colors(t): return " ".join(w for w in t.split() if w not in COLORS and w not in GROUNDS)
+def _without_colors(t):
+    "A caption without its words for colours and backgrounds."
+    return " ".join(w for w in t.split() if w not in COLORS and w not in GROUNDS)
+
+def _kinds_named(words): # Of shapes and colours, those that the words name one of
+    "What can be exchanged in a caption."
+    kinds = []
+    for values in (SHAPES, tuple(COLORS)):
+        if any(w in values for w in words): kinds.append(values)
+    return kinds
 
 def near_miss(t: str, rng): # The caption with one shape (mostly) or colour exchanged
     "A caption that is wrong in a single word."
     words = t.replace(",", " ,").replace(".", " .").split()
-    kinds = [v for v in (SHAPES, tuple(COLORS)) if any(w in v for w in words)]
+    kinds = _kinds_named(words)
     values = kinds[0] if len(kinds) == 1 or rng.random() < .7 else kinds[1]
     k = rng.choice([i for i, w in enumerate(words) if w in values])
     words[k] = str(rng.choice([v for v in values if v != words[k]]))
     return " ".join(words).replace(" ,", ",").replace(" .", ".")
 
 # %% ../nbs/01_pyramid.ipynb #65ef364e
+def _clip_config(p: EncoderPreset, tokenizer):
+    "A CLIP of a preset's size, with a text model of two layers."
+    text = dict(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=p.hidden_size,
+        intermediate_size=p.mlp_size,
+        num_hidden_layers=2,
+        num_attention_heads=p.heads,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    vision = vision_config(p).to_dict()
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=p.projection_size)
+
+def _unit(v):
+    "Vectors of length one."
+    return F.normalize(v.float(), dim=-1)
+
+# %% ../nbs/01_pyramid.ipynb #c0a87b94
 class EncoderNet(nn.Module):
     "A CLIP with extra heads: patches against captions, and cells of each scale to their pixels."
     def __init__(self, p: EncoderPreset, tokenizer):
         super().__init__()
-        text = dict(vocab_size=tokenizer.vocab_size, hidden_size=p.hidden_size, intermediate_size=p.mlp_size, num_hidden_layers=2, num_attention_heads=p.heads,
-                    max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-        self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision_config(p).to_dict(), projection_dim=p.projection_size))
+        self.clip = CLIPModel(_clip_config(p, tokenizer))
         self.patch_head = nn.Linear(p.hidden_size, p.projection_size, bias=False)
         self.shape_head = nn.Linear(p.hidden_size, 1 + len(SHAPES))
-        self.pixel_heads = nn.ModuleList(nn.Linear(p.hidden_size, 3 * (p.patch_size * 2**i) ** 2) for i in READ_SCALES)
+        pixels = [3 * (p.patch_size * 2**i) ** 2 for i in READ_SCALES]  # of a cell, in numbers
+        self.pixel_heads = nn.ModuleList(nn.Linear(p.hidden_size, n) for n in pixels)
 
-    def read_pixels(self, patches): # B x 256 x C -> for each of READ_SCALES: B x N x pixels of a cell
+    def read_pixels(
+        self, patches # B x 256 x C
+    ): # For each of READ_SCALES: B x N x pixels of a cell
+        "What the read-outs make of each scale's cells."
         grids = pyramid(patches, max(READ_SCALES))
         return [head(grids[i]) for i, head in zip(READ_SCALES, self.pixel_heads)]
 
     def forward(self, images, ids, mask):
+        "Unit vectors by class token, patches and caption; read-outs; shapes."
         vision = self.clip.vision_model(pixel_values=images)
         text = self.clip.text_model(input_ids=ids, attention_mask=mask).pooler_output
         patches = vision.last_hidden_state[:, 1:]
-        unit = lambda v: F.normalize(v.float(), dim=-1)
-        return unit(self.clip.visual_projection(vision.pooler_output)), unit(self.patch_head(patches.mean(1))), unit(self.clip.text_projection(text)), self.read_pixels(patches), self.shape_head(patches)
+        by_class = _unit(self.clip.visual_projection(vision.pooler_output))
+        by_patches = _unit(self.patch_head(patches.mean(1)))
+        by_caption = _unit(self.clip.text_projection(text))
+        pixels = self.read_pixels(patches)
+        return by_class, by_patches, by_caption, pixels, self.shape_head(patches)
 
 def cell_pixels(images, side: int): # B x 3 x H x W -> B x N x 3*side*side
     "The pixels of each cell of side x side, row-major."
@@ -124,68 +185,136 @@ def contrastive(
     scale # 1 / temperature
 ): # Summed over the batch
     "CLIP's symmetric loss; an image must also beat the wrong captions."
-    logits, target = scale * u @ v.T, torch.arange(len(u), device=u.device)
-    return (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits[:, :len(u)].T, target, reduction="sum")) / 2
+    logits = scale * u @ v.T
+    target = torch.arange(len(u), device=u.device)
+    of_images = F.cross_entropy(logits, target, reduction="sum")
+    of_captions = F.cross_entropy(logits[:, :len(u)].T, target, reduction="sum")
+    return (of_images + of_captions) / 2
 
 # %% ../nbs/01_pyramid.ipynb #1e2e4201
-def world_images(preset: Preset, split: str = "train", n: int = None, seed: int = 0, side: int = None): # (N x 3 x H x W uint8, list of scenes)
+def world_images(
+    preset: Preset,
+    split: str = "train",
+    n: int = None,   # The preset's number by default
+    seed: int = 0,
+    side: int = None # Pixels; the encoder's by default
+): # (N x 3 x H x W uint8, list of scenes)
     "Pictures and scenes of a split of the world."
     n = n or (preset.world.train if split == "train" else preset.world.val)
+    side = side or preset.encoder.image_size
     scenes = [sample_scene(seed, i, split, preset.world.max_objects) for i in range(n)]
-    return torch.stack([draw_scene(s, side or preset.encoder.image_size) for s in scenes]), scenes
+    return torch.stack([draw_scene(s, side) for s in scenes]), scenes
 
+# %% ../nbs/01_pyramid.ipynb #b7a67920
 class EncoderTask(Task):
     "Train the encoder on pictures and captions."
     def __init__(self, preset: Preset, seed: int = 0, data=None):
-        self.preset, self.seed = preset, seed
+        self.preset = preset
+        self.seed = seed
         self.tokenizer = train_tokenizer(preset.mllm.vocab_size)
         torch.manual_seed(seed_of(seed, "encoder"))
-        self.model, self.weights = EncoderNet(preset.encoder, self.tokenizer), dict(class_token=1.0, patches=1.0, pixels=2.0, shapes=4.0)
+        self.model = EncoderNet(preset.encoder, self.tokenizer)
+        self.weights = dict(class_token=1.0, patches=1.0, pixels=2.0, shapes=4.0)
         self.images, self.scenes = data or world_images(preset, seed=seed)
         self.shapes = torch.stack([shape_map(s, GRID).flatten() for s in self.scenes])
 
     def checkpointing(self): recompute_activations(self.model.clip)
 
+    def _example(self, position, scene, image): # (image, caption, near miss)
+        "A picture, some of them gray, with a right and a wrong caption."
+        rng = np_rng(self.seed, "encoder", int(position))
+        words = random_caption(scene, rng)
+        if rng.random() < GRAY_SHARE:
+            image = to_gray(image)
+            words = _without_colors(words)
+        return image, f"<s>{words}</s>", f"<s>{near_miss(words, rng)}</s>"
+
+    def _tokens(self, texts):
+        "Captions as ids and mask, padded to the longest."
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=64,
+                              return_tensors="pt", add_special_tokens=False)
+
     def batch(self, positions, step):
         ids = sample_ids(positions, len(self.scenes), self.seed)
-        images, captions, wrong = self.images[ids], [], []
-        for k, (p, i) in enumerate(zip(positions, ids)):
-            rng = np_rng(self.seed, "encoder", int(p)); t = random_caption(self.scenes[i], rng)
-            if rng.random() < GRAY_SHARE: images[k], t = to_gray(images[k]), _without_colors(t)
-            captions.append(f"<s>{t}</s>"); wrong.append(f"<s>{near_miss(t, rng)}</s>")
-        t = self.tokenizer(captions + wrong, padding=True, truncation=True, max_length=64, return_tensors="pt", add_special_tokens=False)
+        images = self.images[ids]
+        right, wrong = [], []
+        for k, (position, i) in enumerate(zip(positions, ids)):
+            images[k], words, miss = self._example(position, self.scenes[i], images[k])
+            right.append(words)
+            wrong.append(miss)
+        t = self._tokens(right + wrong)
         device = next(self.model.parameters()).device
-        return dict(images=preprocess(images.to(device), self.preset.encoder.image_size), ids=t["input_ids"].to(device), mask=t["attention_mask"].to(device), shapes=self.shapes[ids].to(device))
+        return dict(
+            images=preprocess(images.to(device), self.preset.encoder.image_size),
+            ids=t["input_ids"].to(device),
+            mask=t["attention_mask"].to(device),
+            shapes=self.shapes[ids].to(device))
 
-    def counts(self, b): return dict(class_token=len(b["images"]), patches=len(b["images"]), pixels=b["images"].numel() * len(READ_SCALES), shapes=b["shapes"].numel())
+    def counts(self, b):
+        pixels = b["images"].numel() * len(READ_SCALES)
+        n = len(b["images"])
+        return dict(class_token=n, patches=n, pixels=pixels, shapes=b["shapes"].numel())
+
+    def _pixel_errors(self, images, read): # One tensor for each of READ_SCALES
+        "Squared errors of the read-outs."
+        size = self.preset.encoder.patch_size
+        wanted = [cell_pixels(images, size * 2**i) for i in READ_SCALES]
+        return [(p.float() - w) ** 2 for p, w in zip(read, wanted)]
 
     def losses(self, model, b, step):
         cls, patches, text, pixels, shapes = model(b["images"], b["ids"], b["mask"])
-        clip, size = getattr(model, "module", model).clip, self.preset.encoder.patch_size
+        clip = getattr(model, "module", model).clip
         scale = clip.logit_scale.float().exp().clamp(max=100)
-        errors = [(p.float() - cell_pixels(b["images"], size * 2**i)) ** 2 for i, p in zip(READ_SCALES, pixels)]
-        return dict(class_token=contrastive(cls, text, scale), patches=contrastive(patches, text, scale), pixels=sum(e.sum() for e in errors),
-                    shapes=F.cross_entropy(shapes.float().flatten(0, 1), b["shapes"].flatten(), reduction="sum"))
+        errors = self._pixel_errors(b["images"], pixels)
+        return dict(
+            class_token=contrastive(cls, text, scale),
+            patches=contrastive(patches, text, scale),
+            pixels=sum(e.sum() for e in errors),
+            shapes=F.cross_entropy(shapes.float().flatten(0, 1), b["shapes"].flatten(),
+                                   reduction="sum"))
 
 # %% ../nbs/01_pyramid.ipynb #73e9126c
+def _share_right(vectors, text): # Both N x D, of length one
+    "How often a row's nearest caption is the one of the same row."
+    nearest = (vectors @ text.T).argmax(1).cpu()
+    return float((nearest == torch.arange(len(vectors))).float().mean())
+
 @torch.no_grad()
 def retrieval(
     net: EncoderNet, tokenizer, images, scenes
 ): # (share right by the class token, share right by the patches)
     "How often the nearest of all captions is the picture's own."
     device = next(net.parameters()).device
-    t = tokenizer(["<s>" + caption(s) + "</s>" for s in scenes], padding=True, return_tensors="pt", add_special_tokens=False).to(device)
-    with autocast(device): cls, patches, text, *_ = net(preprocess(images.to(device), net.clip.config.vision_config.image_size), t["input_ids"], t["attention_mask"])
-    return tuple(float(((u @ text.T).argmax(1).cpu() == torch.arange(len(u))).float().mean()) for u in (cls, patches))
+    captions = ["<s>" + caption(s) + "</s>" for s in scenes]
+    t = tokenizer(captions, padding=True, return_tensors="pt", add_special_tokens=False).to(device)
+    with autocast(device):
+        x = preprocess(images.to(device), net.clip.config.vision_config.image_size)
+        cls, patches, text, *_ = net(x, t["input_ids"], t["attention_mask"])
+    return _share_right(cls, text), _share_right(patches, text)
 
 # %% ../nbs/01_pyramid.ipynb #37e79fd2
 def load_encoder(model_dir=None, device=None): # Folder of a system; None takes the shipped weights
     "The frozen image encoder of a trained system."
     path = Path(model_dir or package_dir("weights")) / "encoder"
-    if not (path / "config.json").exists(): raise UserError(f"{path}: no encoder there; train one with: puma-nb train --stage encoder --out DIR")
-    with reading(path, "encoder"), quietly(): encoder = CLIPVisionModel.from_pretrained(path, dtype=torch.float32)
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no encoder there; "
+                        "train one with: puma-nb train --stage encoder --out DIR")
+    with reading(path, "encoder"), quietly():
+        encoder = CLIPVisionModel.from_pretrained(path, dtype=torch.float32)
     return encoder.to(pick_device(device)).eval().requires_grad_(False)
 
+# %% ../nbs/01_pyramid.ipynb #c94040c5
+def _encode_parts(encoder, images, batch, dtype, progress, resize, layer):
+    "f0 of many images, some at a time."
+    device = next(encoder.parameters()).device
+    hidden = not (progress and is_main())
+    out = []
+    for part in tqdm(images.split(batch), desc="features", disable=hidden):
+        with autocast(device):
+            out.append(encode(encoder, part.to(device), resize, layer).to("cpu", dtype))
+    return torch.cat(out)
+
+# %% ../nbs/01_pyramid.ipynb #5e82e876
 @torch.no_grad()
 def encode_images(
     encoder, images, # N x 3 x H x W
@@ -197,13 +326,12 @@ def encode_images(
     cache=None # Folder that keeps the result
 ): # N x 256 x C on the CPU
     "f0 of many images."
-    device = next(encoder.parameters()).device
     def build():
-        out = []
-        for part in tqdm(images.split(batch), desc="features", disable=not (progress and is_main())):
-            with autocast(device): out.append(encode(encoder, part.to(device), resize, layer).to("cpu", dtype))
-        return torch.cat(out)
-    return cached(cache, "f0", build, encoder, images, dtype, resize, layer, has_bf16(device))
+        return _encode_parts(encoder, images, batch, dtype, progress, resize, layer)
+
+    device = next(encoder.parameters()).device
+    depends_on = (encoder, images, dtype, resize, layer, has_bf16(device))
+    return cached(cache, "f0", build, *depends_on)
 
 # %% ../nbs/01_pyramid.ipynb #4e68b647
 @dataclass
@@ -212,13 +340,21 @@ class FeatureStats:
     mean: torch.Tensor
     std: torch.Tensor
 
-    def normalize(self, f, scale: int): return (f - self.mean[scale].to(f)) / self.std[scale].to(f)
-    def denormalize(self, f, scale: int): return f * self.std[scale].to(f) + self.mean[scale].to(f)
+    def normalize(self, f, scale: int):
+        "Features of a scale with mean zero and variance one."
+        return (f - self.mean[scale].to(f)) / self.std[scale].to(f)
 
+    def denormalize(self, f, scale: int):
+        "Back from `normalize`."
+        return f * self.std[scale].to(f) + self.mean[scale].to(f)
+
+# %% ../nbs/01_pyramid.ipynb #2d987d02
 def feature_stats(f0): # N x 256 x C
     "Statistics of all scales from a sample of images."
     grids = [g.float().flatten(0, 1) for g in pyramid(f0.float())]
-    return FeatureStats(torch.stack([g.mean(0) for g in grids]), torch.stack([g.std(0) for g in grids]).clamp_min(1e-4))
+    mean = torch.stack([g.mean(0) for g in grids])
+    std = torch.stack([g.std(0) for g in grids]).clamp_min(1e-4)
+    return FeatureStats(mean, std)
 
 def load_stats(model_dir=None):
     "Statistics of a trained system's encoder."
@@ -233,25 +369,44 @@ def ridge_probe(
     penalty: float = 1e-2 # As a share of the mean of K's diagonal
 ): # M predicted labels
     "Linear classification by ridge regression on one-hot labels (dual form)."
-    x, x_new = x.double(), x_new.double(); center = x.mean(0); x, x_new = x - center, x_new - center
-    targets = F.one_hot(y).double(); base = targets.mean(0)
+    x, x_new = x.double(), x_new.double()
+    center = x.mean(0)
+    x, x_new = x - center, x_new - center
+    targets = F.one_hot(y).double()
+    base = targets.mean(0)
     K = x @ x.T
     K.diagonal().add_(penalty * K.diagonal().mean())
     return (x_new @ x.T @ torch.linalg.solve(K, targets - base) + base).argmax(1)
 
+# %% ../nbs/01_pyramid.ipynb #1df262cf
 ATTRIBUTE_VALUES = dict(shape=SHAPES, color=tuple(COLORS), place=PLACES)
 
+def _labels(scenes, name): # N integers
+    "Which value of an attribute each scene's only thing has."
+    values = ATTRIBUTE_VALUES[name]
+    return torch.tensor([values.index(getattr(s.things[0], name)) for s in scenes])
+
+def _probe_accuracy(x, y, x_new, y_new): # Share of the new labels that are predicted right
+    "Fit a probe on one set of grids, measure it on another."
+    predicted = ridge_probe(x.flatten(1), y, x_new.flatten(1))
+    return float((predicted == y_new).float().mean())
+
+# %% ../nbs/01_pyramid.ipynb #eaf13b49
 def probe_scales(
     encoder, preset: Preset,
     n_train: int = 1500, n_val: int = 300
 ): # {attribute: [accuracy at f0, ..., f4]}
     "What a linear probe reads off each scale, on scenes with one thing."
     alone = replace(preset, world=replace(preset.world, max_objects=1))
-    (xi, xs), (vi, vs) = world_images(alone, "train", n_train, seed=11), world_images(alone, "val", n_val, seed=11)
-    train, val, out = pyramid(encode_images(encoder, xi)), pyramid(encode_images(encoder, vi)), {}
-    for name, values in ATTRIBUTE_VALUES.items():
-        labels = [torch.tensor([values.index(getattr(s.things[0], name)) for s in scenes]) for scenes in (xs, vs)]
-        out[name] = [float((ridge_probe(a.flatten(1), labels[0], b.flatten(1)) == labels[1]).float().mean()) for a, b in zip(train, val)]
+    train_images, train_scenes = world_images(alone, "train", n_train, seed=11)
+    val_images, val_scenes = world_images(alone, "val", n_val, seed=11)
+    train = pyramid(encode_images(encoder, train_images))
+    val = pyramid(encode_images(encoder, val_images))
+    out = {}
+    for name in ATTRIBUTE_VALUES:
+        y = _labels(train_scenes, name)
+        y_new = _labels(val_scenes, name)
+        out[name] = [_probe_accuracy(a, y, b, y_new) for a, b in zip(train, val)]
     return out
 
 # %% ../nbs/01_pyramid.ipynb #9860913b
@@ -261,21 +416,63 @@ def feature_picture(
     scale: int
 ): # 3 x side x side in 0..1
     "A feature grid as colours: its channels' three principal directions."
-    flat = grids[0].flatten(0, 1).float(); center = flat.mean(0)
+    flat = grids[0].flatten(0, 1).float()
+    center = flat.mean(0)
     directions = torch.linalg.eigh((flat - center).T @ (flat - center))[1][:, -3:]
-    low, high = ((flat - center) @ directions).quantile(torch.tensor([.02, .98]), dim=0) if len(flat) < 10**7 else (-1, 1)
+    low, high = -1, 1
+    if len(flat) < 10**7:  # `quantile` has a limit
+        spread = (flat - center) @ directions
+        low, high = spread.quantile(torch.tensor([.02, .98]), dim=0)
     x = ((grids[scale][which].float() - center) @ directions - low) / (high - low)
     return x.clamp(0, 1).T.reshape(3, SIDES[scale], SIDES[scale])
 
 # %% ../nbs/01_pyramid.ipynb #ab96affe
 @torch.no_grad()
-def pixel_r2(net: EncoderNet, images): # For each of READ_SCALES, the share of the pixels' variance that the read-out explains
+def pixel_r2(
+    net: EncoderNet, images
+): # For each of READ_SCALES, the share of the pixels' variance that the read-out explains
     "R2 of reading a cell's pixels linearly from its feature."
-    x = preprocess(images, net.clip.config.vision_config.image_size); size = net.clip.config.vision_config.patch_size
-    with autocast(): read = net.read_pixels(net.clip.vision_model(pixel_values=x).last_hidden_state[:, 1:])
-    pairs = [(p.float(), cell_pixels(x, size * 2**i)) for i, p in zip(READ_SCALES, read)]
-    return [float(1 - ((p - y) ** 2).mean() / y.var()) for p, y in pairs]
+    config = net.clip.config.vision_config
+    x = preprocess(images, config.image_size)
+    with autocast():
+        patches = net.clip.vision_model(pixel_values=x).last_hidden_state[:, 1:]
+        read = net.read_pixels(patches)
+    out = []
+    for i, p in zip(READ_SCALES, read):
+        y = cell_pixels(x, config.patch_size * 2**i)
+        out.append(float(1 - ((p.float() - y) ** 2).mean() / y.var()))
+    return out
 
+# %% ../nbs/01_pyramid.ipynb #e8fde742
+def _save_encoder(task: EncoderTask, out): # The trained `CLIPVisionModel`
+    "Write encoder, CLIP, tokenizer and feature statistics."
+    clip = task.model.clip
+    encoder = CLIPVisionModel(vision_config(task.preset.encoder))
+    encoder.load_state_dict(clip.vision_model.state_dict())
+    with quietly():
+        encoder.eval().save_pretrained(out / "encoder")
+        clip.save_pretrained(out / "clip")
+    task.tokenizer.save_pretrained(out / "tokenizer")
+    stats = feature_stats(encode_images(encoder, task.images[:2000]))
+    tensors = dict(mean=stats.mean, std=stats.std)
+    save_tensors(tensors, out / "encoder" / "feature_stats.safetensors")
+    return encoder
+
+# %% ../nbs/01_pyramid.ipynb #0a49db37
+def _measure_encoder(task: EncoderTask, encoder): # {measure: numbers}
+    "What the encoder knows of validation scenes."
+    preset = task.preset
+    n_train, n_val = min(1500, preset.world.train), min(300, preset.world.val)
+    images, scenes = world_images(preset, "val", min(500, preset.world.val), task.seed)
+    cls, patches = retrieval(task.model, task.tokenizer, images, scenes)
+    probes = probe_scales(encoder, preset, n_train, n_val)
+    r2 = pixel_r2(task.model, images)
+    return dict(
+        retrieval=dict(class_token=cls, patches=patches),
+        probes=probes,
+        pixel_r2={f"f{i}": r for i, r in zip(READ_SCALES, r2)})
+
+# %% ../nbs/01_pyramid.ipynb #12f2c7a4
 def train_encoder(
     preset: Preset,
     out,                   # Folder of the system
@@ -286,19 +483,18 @@ def train_encoder(
     run: Run = Run()       # How it is run
 ):
     "Stage `encoder`: train, save, measure its gate."
-    begun, out, stage = time.time(), Path(out), preset.stages["encoder"]
+    begun = time.time()
+    out = Path(out)
+    stage = preset.stages["encoder"]
     task = EncoderTask(preset, seed)
-    log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder", progress=progress, run=run)
+    log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder",
+              progress=progress, run=run)
     if not is_main(): return  # one process measures and saves
-    speed = speed_report(task, stage, log); net = task.model.cpu()
-    encoder = CLIPVisionModel(vision_config(preset.encoder))
-    encoder.load_state_dict(net.clip.vision_model.state_dict())
-    with quietly(): encoder.eval().save_pretrained(out / "encoder"); net.clip.save_pretrained(out / "clip")  # clip: for CLIP scores
-    task.tokenizer.save_pretrained(out / "tokenizer")
-    stats = feature_stats(encode_images(encoder, task.images[:2000]))
-    save_tensors(dict(mean=stats.mean, std=stats.std), out / "encoder" / "feature_stats.safetensors")
-    images, scenes = world_images(preset, "val", min(500, preset.world.val), seed)
-    cls, patches = retrieval(net, task.tokenizer, images, scenes)
-    probes = probe_scales(encoder, preset, min(1500, preset.world.train), min(300, preset.world.val))
-    finish_stage(out, "encoder", stage, dict(pixel_r2=((r2 := pixel_r2(net, images))[0], 0.95), place_f2=(probes["place"][2], 0.95)),
-                 seconds=round(time.time() - begun), retrieval=dict(class_token=cls, patches=patches), probes=probes, pixel_r2={f"f{i}": r for i, r in zip(READ_SCALES, r2)}, speed=speed)
+    speed = speed_report(task, stage, log)
+    task.model.cpu()
+    encoder = _save_encoder(task, out)
+    found = _measure_encoder(task, encoder)
+    gates = dict(pixel_r2=(found["pixel_r2"]["f0"], 0.95),
+                 place_f2=(found["probes"]["place"][2], 0.95))
+    took = round(time.time() - begun)
+    finish_stage(out, "encoder", stage, gates, seconds=took, **found, speed=speed)

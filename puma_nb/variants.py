@@ -25,33 +25,40 @@ class ToldDecoder(BaseDecoder):
 
     def condition(self, features, position_weight=1.0): # B x N x C -> B x (N + 1) x cross_size
         told = self.tell.weight[TOKENS.index(features.shape[1])]
-        return torch.cat([super().condition(features, position_weight), told.expand(len(features), 1, -1)], 1)
+        e = super().condition(features, position_weight)
+        return torch.cat([e, told.expand(len(features), 1, -1)], 1)
 
 # %% ../nbs/02a_variants.ipynb #fa10d231
 def unpool(tokens): # B x N x C -> B x 4N x C
     "Repeat each token over the 2x2 block below it."
-    B, N, C = tokens.shape; side = int(N**.5)
+    B, N, C = tokens.shape
+    side = int(N**.5)
     grid = tokens.view(B, side, side, C)
     return grid.repeat_interleave(2, 1).repeat_interleave(2, 2).reshape(B, 4 * N, C)
 
 def blocks(tokens): # B x N x C -> B x N/4 x 4 x C
     "The 2x2 blocks of a token grid, one after the other."
-    B, N, C = tokens.shape; side = int(N**.5)
-    return tokens.view(B, side // 2, 2, side // 2, 2, C).transpose(2, 3).reshape(B, N // 4, 4, C)
+    B, N, C = tokens.shape
+    half = int(N**.5) // 2
+    return tokens.view(B, half, 2, half, 2, C).transpose(2, 3).reshape(B, N // 4, 4, C)
 
 def unblocks(b): # B x N/4 x 4 x C -> B x N x C
     "Back from `blocks`."
-    B, M, _, C = b.shape; side = int(M**.5)
+    B, M, _, C = b.shape
+    side = int(M**.5)
     return b.view(B, side, side, 2, 2, C).transpose(2, 3).reshape(B, 4 * M, C)
 
+# %% ../nbs/02a_variants.ipynb #d2598ec3
 def to_residual(grids): # [f0, ..., f4] -> [r0, ..., r4]: B x 3N/4 x C each, r4 = f4
-    "What each scale adds to the next coarser one; three of four differences, since they add up to zero."
-    return [blocks(f - unpool(g))[:, :, :3].flatten(1, 2) for f, g in zip(grids, grids[1:])] + [grids[-1]]
+    "What each scale adds to the next coarser one; the fourth difference follows from three."
+    differences = [blocks(f - unpool(g)) for f, g in zip(grids, grids[1:])]
+    return [d[:, :, :3].flatten(1, 2) for d in differences] + [grids[-1]]
 
 def from_residual(r): # [r0, ..., r4] -> [f0, ..., f4]
     "The pyramid again, coarse to fine."
     grids = [r[-1]]
     for d in reversed(r[:-1]):
-        d = d.unflatten(1, (-1, 3)); d = torch.cat([d, -d.sum(2, keepdim=True)], 2)
+        d = d.unflatten(1, (-1, 3))
+        d = torch.cat([d, -d.sum(2, keepdim=True)], 2)
         grids.insert(0, unpool(grids[0]) + unblocks(d))
     return grids

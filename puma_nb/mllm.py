@@ -103,7 +103,8 @@ def build_sequence(
             s.add([boi], learn)
             s.add([tokenizer.pad_token_id] * len(here), learn, g["image"], here)
             s.add([eoi], learn)
-    if close: s.add([tokenizer.eos_token_id], bool(segments) and segments[-1]["supervised"])
+    if close:
+        s.add([tokenizer.eos_token_id], bool(segments) and segments[-1]["supervised"])
     return s
 
 # %% ../nbs/03_mllm.ipynb #19cc9717
@@ -167,7 +168,8 @@ def visible(
 
 def additive(allowed, itself: bool = True): # B x n x L -> B x 1 x n x L
     "A mask to add to attention scores; padding sees itself, since it must see something."
-    if itself: allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    if itself:
+        allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
     scores = torch.zeros(allowed.shape, device=allowed.device)
     return scores.masked_fill(~allowed, -torch.inf)[:, None]
 
@@ -217,7 +219,8 @@ class PumaConfig(PreTrainedConfig):
         parent_path=False, consistency=False, whole_scale=1, # ours (below)
         **kwargs
     ):
-        if isinstance(text_config, dict): text_config = LlamaConfig(**text_config)
+        if isinstance(text_config, dict):
+            text_config = LlamaConfig(**text_config)
         self.text_config = text_config or LlamaConfig()
         self.feature_size, self.preset, self.read_scale = feature_size, preset, read_scale
         self.image_ids, self.head, self.first_scale = list(image_ids), head, first_scale
@@ -262,7 +265,8 @@ class PumaForConditionalGeneration(PreTrainedModel):
         if self.path: nn.init.zeros_(self.path.inform.weight)
 
     @property
-    def stats(self): return FeatureStats(self.feature_mean.float(), self.feature_std.float())
+    def stats(self):
+        return FeatureStats(self.feature_mean.float(), self.feature_std.float())
 
     def embed(self, ids, slot, features, cell=None, parent=None): # -> B x L x width
         "Word embeddings, and projected features where an image token stands."
@@ -388,7 +392,8 @@ def loss_terms(
     bare, where = getattr(model, "module", model), targets(b)
     seen = b["features"] if inputs is None else inputs
     place = add_cells(b, seen) if bare.path else {}
-    if "block" in b: seen = seen * (b["block"] < 0)[..., None]  # written at once: not fed in
+    if "block" in b:
+        seen = seen * (b["block"] < 0)[..., None]  # written at once: not fed in
     hidden = model(b.get("fed", b["ids"]), b["slot"], seen, b.get("attention", b["mask"]),
                    b.get("positions"), **place).last_hidden_state
     return text_terms(bare, b, hidden, where) | image_terms(bare, b, hidden, where, place)
@@ -452,7 +457,8 @@ class MLLMTask(Task):
     def counts(self, b):
         "What each term's sum is divided by."
         found = {k: float(v.sum()) for k, v in targets(b).items()}
-        if "weight" in b: found["text"] = float(b["weight"][:, 1:][targets(b)["text"]].sum())
+        if "weight" in b:
+            found["text"] = float(b["weight"][:, 1:][targets(b)["text"]].sum())
         return found
 
     def groups(self, stage):
@@ -522,7 +528,8 @@ def batch(self: MLLMTask, positions, step):
         b["noise"] = noise_for(positions, length, channels + 1, keys=(self.seed, "head"))
     b = self.ours(b, positions, step)
     if m.pack: b = pack(b, m.pack)
-    elif "block" in b: b["attention"] = additive(visible(b["mask"] - 1, b["block"]))
+    elif "block" in b:
+        b["attention"] = additive(visible(b["mask"] - 1, b["block"]))
     device = next(self.model.parameters()).device
     return {k: v.to(device) for k, v in b.items()}
 
@@ -549,7 +556,8 @@ def disturb_words(
 def ours(self: MLLMTask, b, positions, step):
     "The batch with what the preset asks for beyond the paper."
     m, t = self.preset.mllm, self.tokenizer
-    if m.text_mean == "segment": b["weight"] = (b["words"] > 0) / b["words"].clamp_min(1) ** 0.5
+    if m.text_mean == "segment":
+        b["weight"] = (b["words"] > 0) / b["words"].clamp_min(1) ** 0.5
     if m.disturbed_words:
         colors = [to_ids(t, c) for c in COLORS]
         colors = [ids[0] for ids in colors if len(ids) == 1]
@@ -577,7 +585,8 @@ def prepare_samples(
         return index[key]
 
     def prepared(g, own): # a segment with ids, or with its image's number
-        if g["kind"] == "text": return {**g, "ids": to_ids(tokenizer, g["text"])}
+        if g["kind"] == "text":
+            return {**g, "ids": to_ids(tokenizer, g["text"])}
         return {**g, "image": number(own[g["image"]])}
 
     sets = {}
@@ -644,14 +653,16 @@ class Reader:
         "What is read next."
         n, last = step["ids"].shape[1], self.inputs["position_ids"][:, self.end - 1:self.end]
         step["position_ids"] = last + 1 + torch.arange(n, device=last.device)
-        for k, v in step.items(): self.inputs[k][:, self.end:self.end + n] = v.to(self.inputs[k])
+        for k, v in step.items():
+            self.inputs[k][:, self.end:self.end + n] = v.to(self.inputs[k])
         self.end += n
 
     def correct(self, rows, features): # Row numbers, len(rows) x n x C
         "Read the last n tokens again, with other features for some rows."
         start = self.end - features.shape[1]
         self.inputs["features"][rows, start:self.end] = features.to(self.inputs["features"])
-        if self.cache is not None and self.cached > start: self.cache.crop(start - self.cached)
+        if self.cache is not None and self.cached > start:
+            self.cache.crop(start - self.cached)
         self.cached = min(self.cached, start)
 
 # %% ../nbs/03_mllm.ipynb #7415f7b8
@@ -678,7 +689,8 @@ class Row:
 
     def add_word(self, id):
         "One word more."
-        if not self.pieces or isinstance(self.pieces[-1], dict): self.pieces.append([])
+        if not self.pieces or isinstance(self.pieces[-1], dict):
+            self.pieces.append([])
         self.pieces[-1].append(id)
         self.words += 1
 
@@ -767,7 +779,8 @@ class Writer:
         features = features_at(self.canvas, slot)
         place = dict(cell=self.cell, parent=self.parent)
         self.reader.append(ids=ids, slot=slot, features=features, **place)
-        for i, rows in changed: self.reader.correct(rows, self.canvas[rows][:, list(slots(i, i))])
+        for i, rows in changed:
+            self.reader.correct(rows, self.canvas[rows][:, list(slots(i, i))])
         self.steps += 1
 
 # %% ../nbs/03_mllm.ipynb #35bd4536
@@ -880,7 +893,8 @@ class ParentPath(nn.Module):
     def enter(self, cell, parent=None): # B x L, B x L x C -> B x L x width
         "What is added to the embeddings; nothing where a position has no cell."
         known = self.cells(cell.clamp_min(0))
-        if parent is not None: known = known + self.inform(parent.to(self.inform.weight.dtype))
+        if parent is not None:
+            known = known + self.inform(parent.to(self.inform.weight.dtype))
         return known * (cell >= 0)[..., None]
 
     def baseline(self, cell, parent, stats: FeatureStats): # ..., ... x C -> ... x C

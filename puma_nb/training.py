@@ -104,7 +104,8 @@ def _renamed(path):
     try:
         yield tmp
         os.replace(tmp, path)
-    except OSError as e: raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     finally: tmp.unlink(missing_ok=True)
 
 def save_tensors(tensors: dict, path):
@@ -147,7 +148,8 @@ def cached(
     path = writable_folder(folder) / f"{name}-{fingerprint(*keys)}.safetensors"
     if path.exists():
         try: return load_file(path)["x"]
-        except (SafetensorError, KeyError): print(f"{path} cannot be read: computed anew")
+        except (SafetensorError, KeyError):
+            print(f"{path} cannot be read: computed anew")
     x = build()
     try: save_tensors(dict(x=x), path)
     except (OSError, SafetensorError, UserError) as err:

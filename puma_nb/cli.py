@@ -325,8 +325,8 @@ def train(
               tensorboard)
     options = _stage_options(images, encoder, llama, parts, cache, data)
     train_system(p, folder, names, seed, resume, device, not quiet, how, **options)
-    end_processes()
     if is_main(): _say_done(folder, preset)
+    end_processes()
 
 # %% ../nbs/07_cli.ipynb #a371baac
 def _refuse_finished(folder, names):

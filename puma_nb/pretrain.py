@@ -395,15 +395,18 @@ def _settings(preset): # what a loss depends on, as JSON gives it back
     for k in ("checkpointing", "compile"):
         del stage[k]
     settings = dict(
-        stage=stage, mllm=asdict(preset.mllm), pairs=preset.world.pairs, shares=PRETRAIN_SHARES)
+        stage=stage, mllm=asdict(preset.mllm), pairs=preset.world.pairs, shares=PRETRAIN_SHARES,
+        single=SINGLE)
     return json.loads(json.dumps(settings))
 
 def _bands_without(logs, seed): # of all other runs
     return loss_bands([log for k, log in logs.items() if k != seed], BANDS)
 
-def make_bands(preset: Preset, logs: dict): # {seed: log} of at least three runs -> bands.json
+def make_bands(preset: Preset, logs: dict): # {seed: log}, the more the better -> bands.json
     "Bands of several runs, and where each run ends in the bands of the others."
-    left_out = {s: is_normal(log, _bands_without(logs, s)) for s, log in logs.items()}
+    left_out = {}
+    if len(logs) > 1:
+        left_out = {s: is_normal(log, _bands_without(logs, s)) for s, log in logs.items()}
     bands = loss_bands(list(logs.values()), BANDS)
     return dict(settings=_settings(preset), seeds=list(logs), bands=bands, left_out=left_out)
 

@@ -12,7 +12,7 @@ __all__ = ['CALM', 'SKIPS', 'Task', 'recompute_activations', 'lr_factor', 'save_
            'loss_bands', 'is_normal', 'plot_bands']
 
 # %% ../nbs/00c_training.ipynb #6444d598
-import copy, hashlib, json, math, os, shutil, signal, time, uuid
+import copy, hashlib, json, math, os, shutil, signal, sys, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -401,11 +401,15 @@ def is_main():
     "Whether this is the first process."
     return int(os.environ.get("RANK", 0)) == 0
 
-def end_processes():
-    "Leave together: a process that goes first tears the others' connections."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def end_processes(): # The last call of a program that may have been started more than once
+    "Leave together and at once; does nothing where there is one process only."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    torch.distributed.barrier()  # who goes first tears the others' connections
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 # %% ../nbs/00c_training.ipynb #36794b45
 def make_accelerator(device: str = None, bf16: bool = True):
@@ -1061,6 +1065,7 @@ def fit(
         undo()
         bar.close()
         s.batches.close()
+        if s.log.board: s.log.board.close()
     return s.finish()
 
 # %% ../nbs/00c_training.ipynb #3860824a

@@ -217,7 +217,6 @@ def world_samples(
     split: str = "train",
     seed: int = 0,
     max_objects: int = 2,
-    single: float = 1.0,   # Share of the scenes with a single thing that is kept
     **kwargs               # For the builder, say kinds=("add",)
 ): # A list of n samples whose images are uint8 tensors
     "Samples of one kind, from scenes 0, 1, 2, ... of a split."
@@ -228,12 +227,9 @@ def world_samples(
         if builder == "edit":
             kwargs["kinds"] = (kind_of_edit(len(out), seed, edits),)
         rng = np_rng("sample", seed, i, builder)
-        scene = scene_of(seed, i, split, max_objects)
-        i += 1
-        if len(scene.things) == 1 and np_rng("single", seed, i).random() >= single:
-            continue
-        s = BUILDERS[builder](scene, rng, **kwargs)
+        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), rng, **kwargs)
         if s: out.append(s)
+        i += 1
     return out
 
 # %% ../nbs/00b_data.ipynb #4d847198

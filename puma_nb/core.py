@@ -132,12 +132,12 @@ class MLLMPreset:
     thin: int
     read_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
-    # a position knows the cell it writes and its parent in the coarser grid
+    # a position knows the cell it writes and, at `whole_scale` and finer, its parent
     parent_path: bool
     # a written scale is shifted so that its 2x2 means are the coarser scale
     consistency: bool
     at_once: float          # share of training steps in which fine scales are written at once
-    whole_scale: int        # this scale and all finer ones can be written at once
+    whole_scale: int        # this scale and all finer ones add to parents, can be written at once
     # "token": every learnt token counts alike; "segment": as 1 / sqrt(words of its segment)
     text_mean: str
     # of [IMG], [/IMG] and </s>, where "segment" keeps them out of the text's mean
@@ -322,7 +322,7 @@ _NANO["mllm"] |= dict(
     feature_noise=((0.9, 0.7, 0.5, 0.45, 0.4), "ours: about the error of free running"),
     depth_shares=((0.06, 0.10, 0.64, 0.12, 0.08),
                   "ours: full pyramids are sixteen times as long"),
-    tune_depth_shares=((0.15, 0.30, 0.45, 0.06, 0.04),
+    tune_depth_shares=((0.10, 0.20, 0.56, 0.08, 0.06),
                        "ours: edits want fine scales, and these come last"),
     thin=(28, "ours: no step has many more tokens than one that stops at f2"),
     read_scale=(2, "ours: all five in 3.3"),

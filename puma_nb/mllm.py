@@ -258,7 +258,9 @@ class PumaForConditionalGeneration(PreTrainedModel):
         self.language_model = LlamaForCausalLM(config.text_config)
         self.in_projector = nn.Linear(channels, width)
         self.out_projector = HEADS[config.head](width, channels)
-        self.path = ParentPath(channels, width) if config.parent_path else None  # ours, see below
+        self.path = None
+        if config.parent_path:  # ours, see below
+            self.path = ParentPath(channels, width, config.whole_scale)
         self.register_buffer("feature_mean", torch.zeros(5, channels))
         self.register_buffer("feature_std", torch.ones(5, channels))
         self.post_init()
@@ -884,26 +886,35 @@ def spread(tokens): # B x N x C, row-major, N a square number -> B x 4N x C
     return grid.reshape(B, 4 * N, C)
 
 class ParentPath(nn.Module):
-    "Tells a position which cell it writes and what the coarser grid has there (ours)."
-    def __init__(self, channels: int, width: int):
+    "Tells a position its cell and, at fine scales, what the coarser grid has there (ours)."
+    def __init__(
+        self, channels: int, width: int,
+        fine: int = 1   # this scale and all finer ones are written from their parent
+    ):
         super().__init__()
+        self.fine = fine
         self.cells = nn.Embedding(len(PARENTS), width)
         self.inform = nn.Linear(channels, width, bias=False)  # starts at zero
+
+    def is_fine(self, cell): # ... -> ... x 1
+        "Whether this cell is written from its parent."
+        scale = SCALE_OF_SLOT.to(cell.device)[cell.clamp_min(0)]
+        return ((cell >= 0) & (scale <= self.fine))[..., None]
 
     def enter(self, cell, parent=None): # B x L, B x L x C -> B x L x width
         "What is added to the embeddings; nothing where a position has no cell."
         known = self.cells(cell.clamp_min(0))
         if parent is not None:
-            known = known + self.inform(parent.to(self.inform.weight.dtype))
+            told = self.inform(parent.to(self.inform.weight.dtype))
+            known = known + told * self.is_fine(cell)
         return known * (cell >= 0)[..., None]
 
     def baseline(self, cell, parent, stats: FeatureStats): # ..., ... x C -> ... x C
-        "The parent in the units of the finer scale; zero for f4."
+        "The parent in the units of the finer scale; zero for coarse scales."
         scale = SCALE_OF_SLOT.to(cell.device)[cell.clamp_min(0)]
         coarser = (scale + 1).clamp_max(4)
         raw = parent.float() * stats.std[coarser] + stats.mean[coarser]
-        has_parent = PARENTS.to(cell.device)[cell.clamp_min(0)] >= 0
-        return (raw - stats.mean[scale]) / stats.std[scale] * has_parent[..., None]
+        return (raw - stats.mean[scale]) / stats.std[scale] * self.is_fine(cell)
 
 # %% ../nbs/03_mllm.ipynb #e11dbd17
 def add_cells(

@@ -36,7 +36,7 @@ from .system import *
 # %% ../nbs/04_pretrain.ipynb #9ebc945f
 # A.2.2: pairs go both ways, half and half, and so do boxes.
 # The shares of boxes, signs and passages are ours.
-PRETRAIN_SHARES = dict(t2i=0.41, caption=0.41, ground=0.06, read=0.10, passage=0.02)
+PRETRAIN_SHARES = dict(t2i=0.52, caption=0.29, ground=0.06, read=0.11, passage=0.02)
 
 def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Both directions of the world's image-text pairs, signs to read, and passages without pictures."

@@ -6,23 +6,28 @@
 __all__ = ['EXAMPLE', 'COMMANDS', 'demo', 'generate', 'edit', 'ask', 'reconstruct', 'train', 'evaluate', 'plan', 'nano_minutes',
            'doctor', 'usage', 'main']
 
-# %% ../nbs/07_cli.ipynb #fa45eb51
+# %% ../nbs/07_cli.ipynb #07782cee
 import errno, json, math, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 import datasets
-import torch
 from fastcore.script import anno_parser, store_true
 from .core import *
-from .world import *
-from .training import *
-from .metrics import *
-from .pyramid import *
-from .decoders import PARTS
-from .system import *
-from .plan import make_plan, show_plan
-from .instruct import *
-from .eval import *
+from .errors import *
+from .evaluation.metrics import *
+from .evaluation.scores import *
+from .evaluation.tables import *
+from .plan import *
+from .presets import *
+from .puma import *
+from .recipes.decoders import *
+from .recipes.system import *
+from .training.launch import *
+from .training.log import *
+from .training.loop import *
+from .training.report import *
+from .world.language import *
+from .world.oracle import *
 
 # %% ../nbs/07_cli.ipynb #2c08af45
 EXAMPLE = "a red circle at the top left and a blue square at the bottom right on a white ground"

@@ -21,8 +21,9 @@ import re
 import pytest
 import yaml
 
-from puma_nb.core import UserError, package_dir
-from puma_nb.data import BUILDERS, FIELDS, load_cards, read_card, world_samples
+from puma_nb.data.cards import FIELDS, load_cards, read_card
+from puma_nb.errors import UserError, package_dir
+from puma_nb.world.samples import BUILDERS, world_samples
 
 STAGES = (
     "decoders", "pretrain", "instruct-t2i", "instruct-edit", "instruct-condition",

@@ -11,23 +11,31 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
-from puma_nb.core import get_preset
-from puma_nb.decoders import DecoderTask, build_decoder
-from puma_nb.mllm import MLLMTask, build_mllm
-from puma_nb.training import (
-    Losses, Run, Task, _tell_fsdp, accelerate_config, checkpoints, load_checkpoint, read_log,
-    replay, save_checkpoint,
-)
+from puma_nb.models.decoders import build_decoder
+from puma_nb.models.mllm import build_mllm
+from puma_nb.presets import get_preset
+from puma_nb.recipes.decoders import DecoderTask
+from puma_nb.recipes.mllm import MLLMTask
+from puma_nb.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from puma_nb.training.launch import _tell_fsdp, accelerate_config
+from puma_nb.training.log import read_log
+from puma_nb.training.loop import Run, replay
+from puma_nb.training.task import Losses, Task
 
 WORKER = """
 import json, sys, torch
 from dataclasses import replace
 from puma_nb.core import *
-from puma_nb.data import *
-from puma_nb.training import *
-from puma_nb.pyramid import *
-from puma_nb.mllm import *
-import puma_nb.training
+from puma_nb.models.mllm import *
+from puma_nb.models.pyramid import *
+from puma_nb.presets import *
+from puma_nb.recipes.mllm import *
+from puma_nb.training.checkpoint import *
+from puma_nb.training.launch import *
+from puma_nb.training.loop import *
+from puma_nb.training.task import *
+from puma_nb.world.samples import *
+import puma_nb.training.loop as loop
 from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from transformers import PreTrainedTokenizerFast
@@ -64,7 +72,7 @@ task = MLLMTask(
     preset, build_mllm(preset, tokenizer, stats), tokenizer, sets, dict(t2i=1, caption=1), store
 )
 makers = dict(fsdp2=fsdp2_on_cpu, zero3=zero3_on_cpu)
-puma_nb.training.make_accelerator = makers.get(how, make_accelerator)
+loop.make_accelerator = makers.get(how, make_accelerator)
 stage = replace(
     preset.stages["pretrain"], steps=20, batch=12, ema=0.0 if "zero" in how else 0.9,
     checkpointing=how.endswith("recompute"),
@@ -84,7 +92,7 @@ try:
 except Halfway: pass
 else:
     if is_main(): save_tensors(task.model.state_dict(), out + "/end.safetensors")
-kind = puma_nb.training.make_accelerator("cpu", bf16=False)
+kind = loop.make_accelerator("cpu", bf16=False)
 found = dict(
     processes=kind.num_processes, kind=str(kind.distributed_type),
     sharded=is_sharded(Losses(task)) if not is_main() else None,
@@ -335,7 +343,9 @@ TOY = """
 import sys, torch
 import torch.distributed as dist
 from puma_nb.core import *
-from puma_nb.training import *
+from puma_nb.presets import *
+from puma_nb.training.loop import *
+from puma_nb.training.task import *
 torch.set_num_threads(1)
 class Toy(Task):
     weights = dict(sq=1.0)
@@ -431,7 +441,7 @@ def test_a_step_that_is_saved_again_is_there_all_the_time(tmp_path, monkeypatch)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    from puma_nb.training import run_state
+    from puma_nb.training.checkpoint import run_state
     save = lambda: save_checkpoint(tmp_path, 4, run_state(model, optimizer, None), None, {})
     save()
     save()

@@ -8,7 +8,7 @@ few minutes. By hand, over a longer run:
 import argparse, multiprocessing, os, random, shutil, signal, time
 from pathlib import Path
 import pytest
-from puma_nb.training import read_log
+from puma_nb.training.log import read_log
 
 KILLS = 50
 # what a clock says

@@ -1,12 +1,12 @@
 """The paper's numbers and its released code's, written down again and compared with preset `paper`.
 
 PAPER: number -> (value, where it is stated). Read off the paper by hand, not from the presets.
-The ledger (nbs/00g_ledger.ipynb) links each number of the system to this file, or says that
+The ledger (nbs/00u_ledger.ipynb) links each number of the system to this file, or says that
 nothing enforces it.
 """
 
 import pytest
-from puma_nb.core import PRESETS, get_preset
+from puma_nb.presets import PRESETS, get_preset
 
 PAPER = {
     "encoder.image_size": (224, "4.1"),

@@ -6,10 +6,15 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image as ImageFeature, List, Value
 from PIL import Image
-from puma_nb.core import UserError, save_image
-from puma_nb.data import as_dataset, boxes_in, image_set, load_cards
-from puma_nb.loaders import ASK, CardSet, Loader, Skip, open_picture
-from puma_nb.world import article, box, caption, draw_scene, sample_scene
+from puma_nb.core import save_image
+from puma_nb.data.cards import load_cards
+from puma_nb.data.loaders import ASK, CardSet, Loader
+from puma_nb.data.pictures import Skip, image_set, open_picture
+from puma_nb.data.segments import boxes_in
+from puma_nb.errors import UserError
+from puma_nb.world.drawing import box, draw_scene, sample_scene
+from puma_nb.world.language import article, caption
+from puma_nb.world.samples import as_dataset
 
 CARDS, N = load_cards(), 4
 SCENES = [sample_scene(1, k) for k in range(N)]
@@ -537,8 +542,9 @@ def test_addresses_are_not_fetched(tmp_path):
 READER = """
 import json, os, sys
 import torch.distributed as dist
-from puma_nb.data import draw, load_cards
-from puma_nb.loaders import ASK, CardSet
+from puma_nb.data.cards import load_cards
+from puma_nb.data.loaders import ASK, CardSet
+from puma_nb.data.order import draw
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 assert world == 2

@@ -1,9 +1,9 @@
 "The oracle's own quality: clean renders, and renders passed through the shipped autoencoder."
-from puma_nb.core import get_preset
-from puma_nb.decoders import load_latents
-from puma_nb.metrics import psnr
-from puma_nb.pyramid import world_images
-from puma_nb.world import read_scene, score_scenes
+from puma_nb.evaluation.metrics import psnr
+from puma_nb.models.autoencoder import load_latents
+from puma_nb.presets import get_preset
+from puma_nb.world.drawing import world_images
+from puma_nb.world.oracle import read_scene, score_scenes
 
 
 def test_clean_renders_are_read():

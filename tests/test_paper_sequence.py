@@ -3,10 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from puma_nb.core import COARSE_TO_FINE, PRESETS, TOKENS, get_preset
-from puma_nb.data import train_tokenizer, world_samples
-from puma_nb.mllm import MLLMTask, build_mllm, loss_weights, prepare_samples
-from puma_nb.pyramid import load_encoder, load_stats, pyramid
+from puma_nb.errors import COARSE_TO_FINE, TOKENS
+from puma_nb.models.mllm import build_mllm, loss_weights
+from puma_nb.models.pyramid import load_encoder, load_stats, pyramid
+from puma_nb.presets import PRESETS, get_preset
+from puma_nb.recipes.mllm import MLLMTask, prepare_samples
+from puma_nb.world.samples import train_tokenizer, world_samples
 
 PICO = get_preset("pico").mllm
 OURS = dict(parent_path=False, consistency=False, at_once=0.0, text_mean="token",

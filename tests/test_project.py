@@ -66,6 +66,23 @@ def test_citation_is_the_paper():
 def test_modules_belong_to_notebooks(): assert check_modules.check()[0] == []
 
 
+@pytest.mark.parametrize("line, lazy", [("from ..world.drawing import *", False),
+                                        ("def f(): from ..world import drawing", True)])
+def test_imports_against_the_rules_are_found(line, lazy, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_modules, "LIB", tmp_path)
+    for name in ("models/mllm.py", "models/pyramid.py", "world/drawing.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert check_modules.check_arrows() == []
+    (tmp_path / "models" / "mllm.py").write_text(f"from .pyramid import *\n{line}\n")
+    found = set(check_modules.imported_modules(tmp_path / "models" / "mllm.py"))
+    assert found == {("models.pyramid", False), ("world.drawing", lazy)}
+    wrong = "models.mllm imports world.drawing, which it may not know"
+    assert check_modules.check_arrows() == [wrong]
+    assert check_modules.circles(dict(a={"b"}, b={"c"}, c={"b"})) == [
+        f"{m} imports itself by way of others" for m in "bc"]
+
+
 def test_notebooks_as_stored_suit_the_site():
     assert build_site.check_sources() == []
 

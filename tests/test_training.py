@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from puma_nb.cli import main
-from puma_nb.training import read_log
+from puma_nb.training.log import read_log
 
 EXACT = (
     "step", "loss", "text", "f0", "f1", "f2", "f3", "f4", "denoise", "square", "grad_norm", "lr",
@@ -86,12 +86,20 @@ def test_sigterm_saves_and_says_so(system, tmp_path):
 
 WORKER = """
 import sys, torch
-from puma_nb.core import *
-from puma_nb.data import *
-from puma_nb.training import *
-from puma_nb.pyramid import *
-from puma_nb.decoders import *
-from puma_nb.mllm import *
+from puma_nb.data.order import *
+from puma_nb.data.segments import *
+from puma_nb.models.autoencoder import *
+from puma_nb.models.decoders import *
+from puma_nb.models.mllm import *
+from puma_nb.models.pyramid import *
+from puma_nb.presets import *
+from puma_nb.recipes.autoencoder import *
+from puma_nb.recipes.decoders import *
+from puma_nb.recipes.mllm import *
+from puma_nb.training.launch import *
+from puma_nb.training.task import *
+from puma_nb.world.drawing import *
+from puma_nb.world.samples import *
 from transformers import PreTrainedTokenizerFast
 import numpy as np
 torch.set_num_threads(1)

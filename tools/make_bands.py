@@ -3,9 +3,10 @@
     python tools/make_bands.py TARGET SEED=LOG SEED=LOG SEED=LOG
 """
 import sys
-from puma_nb.core import get_preset
-from puma_nb.pretrain import make_bands
-from puma_nb.training import read_log, save_json
+from puma_nb.core import save_json
+from puma_nb.presets import get_preset
+from puma_nb.recipes.pretrain import make_bands
+from puma_nb.training.log import read_log
 
 if len(sys.argv) < 5: raise SystemExit(__doc__)
 logs = {a.split("=", 1)[0]: read_log(a.split("=", 1)[1]) for a in sys.argv[2:]}

@@ -5,7 +5,7 @@
 import json, subprocess, sys
 from datetime import date
 from pathlib import Path
-from puma_nb.system import pack_weights
+from puma_nb.recipes.system import pack_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("encoder", "autoencoder", "decoders", "pretrain", "instruct")

@@ -11,11 +11,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from puma_nb.core import get_preset, has_bf16
-from puma_nb.decoders import DecoderTask, Decoders, build_decoder, decoder_data, load_latents
-from puma_nb.metrics import lpips_distance, psnr
-from puma_nb.pyramid import encode_images, load_encoder, load_stats, pyramid, world_images
-from puma_nb.training import Losses, make_accelerator, matmul_ceiling, step_flops, train_step
+from puma_nb.core import has_bf16
+from puma_nb.evaluation.metrics import lpips_distance, psnr
+from puma_nb.models.autoencoder import load_latents
+from puma_nb.models.decoders import Decoders, build_decoder
+from puma_nb.models.pyramid import encode_images, load_encoder, load_stats, pyramid
+from puma_nb.presets import get_preset
+from puma_nb.recipes.decoders import DecoderTask, decoder_data
+from puma_nb.training.launch import make_accelerator
+from puma_nb.training.log import matmul_ceiling
+from puma_nb.training.report import step_flops
+from puma_nb.training.task import Losses, train_step
+from puma_nb.world.drawing import world_images
 
 
 def stepper(preset, data, scale, plain, compiled=False):

@@ -13,11 +13,16 @@ from statistics import median
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
-from puma_nb.core import get_preset, pick_device
-from puma_nb.decoders import build_decoder, noise_schedule
-from puma_nb.mllm import build_mllm, loss_terms, loss_weights, targets, write_image
+from puma_nb.core import pick_device
+from puma_nb.models.decoders import build_decoder, noise_schedule
+from puma_nb.models.generation import write_image
+from puma_nb.models.mllm import build_mllm, loss_terms, loss_weights, targets
 from puma_nb.plan import get_device, mllm_flops, mllm_memory, peak_memory
-from puma_nb.training import Run, accelerate_config, read_log, recompute_activations, stretched
+from puma_nb.presets import get_preset, stretched
+from puma_nb.training.launch import accelerate_config
+from puma_nb.training.log import read_log
+from puma_nb.training.loop import Run
+from puma_nb.training.task import recompute_activations
 
 PARTS = ("step", "mllm", "mini", "shard")
 
@@ -140,7 +145,7 @@ def main():
             report["mllm"].append(row); print(row, flush=True)
             (out / "gpu.json").write_text(json.dumps(report, indent=1))
     if "mini" in (args.part or PARTS):
-        from puma_nb.instruct import train_system
+        from puma_nb.recipes.system import train_system
         train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", resume=True, progress=False, run=Run(ahead=2))  # resume: a second call goes on
         logs = {f.parent.name: read_log(f) for f in (out / "mini").rglob("log.jsonl")}
         report["mini"] = {s: dict(samples_per_second=median([r["samples_per_second"] for r in log]), data_share=median([r["data_share"] for r in log]), memory_gb=log[-1]["memory_gb"]) for s, log in logs.items()}

@@ -6,11 +6,14 @@ import argparse, io, json, tarfile, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from puma_nb.core import get_preset, package_dir, to_pil
-from puma_nb.data import load_cards
-from puma_nb.loaders import CardSet
-from puma_nb.training import read_log
-from puma_nb.world import caption, draw_scene, sample_scene
+from puma_nb.core import to_pil
+from puma_nb.data.cards import load_cards
+from puma_nb.data.loaders import CardSet
+from puma_nb.errors import package_dir
+from puma_nb.presets import get_preset
+from puma_nb.training.log import read_log
+from puma_nb.world.drawing import draw_scene, sample_scene
+from puma_nb.world.language import caption
 
 
 def shards(folder, side, kind, count=8, rows=256):

@@ -13,12 +13,20 @@ from torch import nn
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from puma_nb.core import *
-from puma_nb.world import *
-from puma_nb.data import *
-from puma_nb.training import *
-from puma_nb.pyramid import *
-from puma_nb.mllm import *
-from puma_nb.processor import *
+from puma_nb.data.segments import *
+from puma_nb.errors import *
+from puma_nb.models.generation import *
+from puma_nb.models.mllm import *
+from puma_nb.models.processor import *
+from puma_nb.models.pyramid import *
+from puma_nb.models.sequence import *
+from puma_nb.presets import *
+from puma_nb.recipes.mllm import *
+from puma_nb.training.launch import *
+from puma_nb.training.log import *
+from puma_nb.training.report import *
+from puma_nb.training.task import *
+from puma_nb.world.samples import *
 
 
 def take_turns(jobs, rounds):

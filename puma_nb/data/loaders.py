@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'ASK', 'PICTURES', 'FAMILIES', 'layout', 'files_of', 'picture_rows', 'rows_of', 'tar_row', 'TarTable',
-           'grounded', 'arrange', 'Loader', 'mark_of', 'CardSet', 'leave_out_duplicates']
+           'grounded', 'arrange', 'Loader', 'count_broken', 'trouble_with', 'tell', 'sample_of', 'mark_of', 'CardSet',
+           'locate_row', 'read_row', 'next_usable', 'leave_out_duplicates']
 
 # %% ../../nbs/00h_loaders.ipynb #a406956b
 import fnmatch, hashlib, itertools, json, re, tarfile, threading
@@ -17,7 +18,6 @@ import torch
 from PIL import Image
 from datasets import (
     Image as ImageFeature, concatenate_datasets, get_dataset_config_names, load_dataset)
-from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core import *
 from .cards import *
@@ -273,6 +273,13 @@ class Loader:
         self.folder = path if path.is_dir() else path.parent
         self._reset()
 
+    # what the cells below teach
+    @property
+    def broken(self): return count_broken(self)
+    def trouble(self, what): return trouble_with(self, what)
+    def report(self): return tell(self)
+    def sample(self, row, rng): return sample_of(self, row, rng)
+
     def _reset(self):
         "Begin to count."
         self.kept = 0
@@ -285,67 +292,61 @@ class Loader:
                 sample = self.sample(row, np_rng(self.seed, self.card.name, k))
             except Skip as e:
                 self.skipped[str(e)] += 1
-                self._check()
+                _check(self)
                 continue
             self.kept += 1
             yield sample
-        self._check(last=True)
+        _check(self, last=True)
         if not self.kept: raise self.trouble("no usable rows")
 
 # %% ../../nbs/00h_loaders.ipynb #90452ce5
 _RULED_OUT = ("too small", "left out by a rule", "in another set")  # these rows are not broken
 
-@patch(as_prop=True)
-def broken(self: Loader):
+def count_broken(loader: Loader):
     "Rows that cannot be used."
-    return sum(v for k, v in self.skipped.items() if k not in _RULED_OUT)
+    return sum(v for k, v in loader.skipped.items() if k not in _RULED_OUT)
 
-@patch
-def _check(self: Loader, last=False):
+def _check(loader: Loader, last=False):
     "Stop if too much is broken; small counts say little."
-    total = self.kept + self.broken
+    total = loader.kept + loader.broken
     if total < 50 and not last: return
-    if self.broken > self.max_broken * total:
-        raise self.trouble(f"{self.broken} of {total} rows cannot be used, "
-                           f"at most {self.max_broken:.0%} may be broken")
+    if loader.broken > loader.max_broken * total:
+        raise loader.trouble(f"{loader.broken} of {total} rows cannot be used, "
+                             f"at most {loader.max_broken:.0%} may be broken")
 
 # %% ../../nbs/00h_loaders.ipynb #f69751e7
-@patch
-def trouble(self: Loader, what): # An error, with the counts
+def trouble_with(loader: Loader, what): # An error, with the counts
     "What to raise where a set cannot be used."
-    counts = ", ".join(f"{k}: {v}" for k, v in self.skipped.most_common())
+    counts = ", ".join(f"{k}: {v}" for k, v in loader.skipped.most_common())
     hint = ""
-    if self.skipped[ADDRESS]:
+    if loader.skipped[ADDRESS]:
         hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder"
-    return UserError(f"{self.card.name} in {self.source}: {what} ({counts}){hint}")
+    return UserError(f"{loader.card.name} in {loader.source}: {what} ({counts}){hint}")
 
-@patch
-def report(self: Loader): # One line
+def tell(loader: Loader): # One line
     "What came through, and what did not."
-    line = f"{self.card.name}: {self.kept} samples"
-    if not self.skipped: return line
-    counts = ", ".join(f"{k} {v}" for k, v in self.skipped.most_common())
+    line = f"{loader.card.name}: {loader.kept} samples"
+    if not loader.skipped: return line
+    counts = ", ".join(f"{k} {v}" for k, v in loader.skipped.most_common())
     return f"{line}, left out: {counts}"
 
 # %% ../../nbs/00h_loaders.ipynb #8daa6e10
 # A number for a caption, a box of three sides: there is no end to what rows may hold.
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
-@patch
-def sample(self: Loader, row, rng):
+def sample_of(loader: Loader, row, rng):
     "One row as a sample; raises `Skip`."
     try:
-        return self.usable(row, rng)
+        return _usable(loader, row, rng)
     except UserError:
         raise
     except _MALFORMED as e:
         raise Skip(f"malformed ({type(e).__name__})") from None
 
 # %% ../../nbs/00h_loaders.ipynb #91430406
-@patch
-def left_out(self: Loader, row):
+def _left_out(loader: Loader, row):
     "Whether a rule of the card leaves out the row's subset."
-    drop = self.rules.get("drop_subsets")
+    drop = loader.rules.get("drop_subsets")
     if not drop: return False
     name = value_at(row, drop["column"])
     if isinstance(name, dict): name = name.get("path")  # of a picture, its name
@@ -358,27 +359,25 @@ def _says(value):
     if isinstance(value, str): return value.strip()
     return any(value) if isinstance(value, list) else value
 
-@patch
-def _fields(self: Loader, row):
+def _fields(loader: Loader, row):
     "The fields of a row, all there that the card wants."
-    fields = fields_of(self.card, row)
-    for f in self.rules.get("nonempty", ()):
+    fields = fields_of(loader.card, row)
+    for f in loader.rules.get("nonempty", ()):
         if not _says(fields.get(f)): raise Skip(f"no {f}")
     if not fields: raise Skip("none of the card's columns")
-    if self.rules.get("text_rows"): return fields
-    columns = self.card.meta["puma"]["columns"].values()
+    if loader.rules.get("text_rows"): return fields
+    columns = loader.card.meta["puma"]["columns"].values()
     missing = [f for f in PICTURES if f in columns and f not in fields]
     if missing: raise Skip(f"no {missing[0]}")
     return fields
 
 # %% ../../nbs/00h_loaders.ipynb #3459c34f
-@patch
-def _pictures(self: Loader, fields, rng): # field -> picture
+def _pictures(loader: Loader, fields, rng): # field -> picture
     "Pictures of a row, one of the alternatives each; which condition was drawn is its `kind`."
     chosen = {f: fields[f][int(rng.integers(len(fields[f])))] for f in PICTURES if f in fields}
     if "source" in chosen: fields["kind"] = chosen["source"][0]
-    pictures = {f: open_picture(value, self.folder) for f, (_, value) in chosen.items()}
-    if any(min(p.size) < self.least for p in pictures.values()):
+    pictures = {f: open_picture(value, loader.folder) for f, (_, value) in chosen.items()}
+    if any(min(p.size) < loader.least for p in pictures.values()):
         raise Skip("too small")
     return pictures
 
@@ -389,29 +388,27 @@ def mark_of(sample): # A fingerprint
     pixels = b"".join(t.numpy().tobytes() for t in sample["images"])
     return hashlib.sha256(words + pixels).hexdigest()
 
-@patch
-def _skip_seen(self: Loader, sample):
+def _skip_seen(loader: Loader, sample):
     "Leave out what another set has brought already."
     mark = mark_of(sample)
-    if mark in self.seen: raise Skip("in another set")
-    self.seen.add(mark)
+    if mark in loader.seen: raise Skip("in another set")
+    loader.seen.add(mark)
 
 # %% ../../nbs/00h_loaders.ipynb #a71f1470
-@patch
-def usable(self: Loader, row, rng):
+def _usable(loader: Loader, row, rng):
     "A sample of a row that is as its card says."
     if "broken" in row: raise Skip(row["broken"])
-    if self.left_out(row): raise Skip("left out by a rule")
-    fields = self._fields(row)
-    images = self.crop(self._pictures(fields, rng), fields, rng)
-    segments = arrange(fields, self.stage, rng)
+    if _left_out(loader, row): raise Skip("left out by a rule")
+    fields = _fields(loader, row)
+    images = _crop(loader, _pictures(loader, fields, rng), fields, rng)
+    segments = arrange(fields, loader.stage, rng)
     if any(g["kind"] == "text" and not g["text"].strip() for g in segments):
         raise Skip("empty text")
     last = segments[-1]
-    family = FAMILIES.get(self.stage, "t2i" if last["kind"] == "image" else "understand")
-    out = dict(family=family, skill=self.card.name, images=images, segments=segments,
+    family = FAMILIES.get(loader.stage, "t2i" if last["kind"] == "image" else "understand")
+    out = dict(family=family, skill=loader.card.name, images=images, segments=segments,
                scene="", answer=last["text"])
-    if self.seen is not None: self._skip_seen(out)
+    if loader.seen is not None: _skip_seen(loader, out)
     return out
 
 # %% ../../nbs/00h_loaders.ipynb #bf6efa4d
@@ -420,28 +417,26 @@ def _square(picture, cut, side): # 3 x side x side, bytes
     small = picture.crop(cut).resize((side, side), Image.BILINEAR)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
-@patch
-def _move_boxes(self: Loader, fields, size, cut):
+def _move_boxes(loader: Loader, fields, size, cut):
     "The caption with the boxes that are left in the window."
     moved = []
     for row in fields["boxes"]:
         b = move_box(row[2:6], size, cut)
         if b: moved.append((*row[:2], *b))
-    fields["caption"] = grounded(fields["caption"], moved, self.rules.get("min_box_side", 0))
+    fields["caption"] = grounded(fields["caption"], moved, loader.rules.get("min_box_side", 0))
     if not fields["caption"]: raise Skip("no box is left")
 
 # %% ../../nbs/00h_loaders.ipynb #086e17eb
-@patch
-def crop(self: Loader, pictures, fields, rng):
+def _crop(loader: Loader, pictures, fields, rng):
     "Square pictures in the order of `PICTURES`; boxes and caption follow the crop."
     if len({p.size for p in pictures.values()}) > 1:  # an edit's pair must match
         size = pictures["target"].size
         pictures = {f: p.resize(size, Image.BILINEAR) for f, p in pictures.items()}
     if not pictures: return []
     size = next(iter(pictures.values())).size
-    cut = window(*size, self.rules.get("crop", "center"), rng)
-    if fields.get("boxes"): self._move_boxes(fields, size, cut)
-    return [_square(pictures[f], cut, self.side) for f in PICTURES if f in pictures]
+    cut = window(*size, loader.rules.get("crop", "center"), rng)
+    if fields.get("boxes"): _move_boxes(loader, fields, size, cut)
+    return [_square(pictures[f], cut, loader.side) for f in PICTURES if f in pictures]
 
 # %% ../../nbs/00h_loaders.ipynb #42514e6f
 def _tables(card, source, name, files):
@@ -476,6 +471,11 @@ class CardSet:
         self.counts = [len(t) for t in self.tables]
         if not len(self): raise UserError(f"{source}: no rows there")
 
+    # what the cells below teach
+    def locate(self, position): return locate_row(self, position)
+    def read(self, shard, row, key): return read_row(self, shard, row, key)
+    def __getitem__(self, position): return next_usable(self, position)
+
     def __len__(self): return sum(self.counts)
 
     def __iter__(self): # One epoch; positions go on for ever
@@ -487,55 +487,50 @@ def _order(n, seed, epoch, group):
     "The order of the rows of a group of shards."
     return np_rng("rows", seed, epoch, group).permutation(n)
 
-@patch
-def _row_in(self: CardSet, shards, at): # (shard, row)
+def _row_in(rows: CardSet, shards, at): # (shard, row)
     "Row number `at` of these shards, one behind the other."
     for s in shards:
-        if at < self.counts[s]: return s, at
-        at -= self.counts[s]
+        if at < rows.counts[s]: return s, at
+        at -= rows.counts[s]
 
 # %% ../../nbs/00h_loaders.ipynb #e01fb1b5
-@patch
-def locate(self: CardSet, position: int): # (shard, row)
+def locate_row(rows: CardSet, position: int): # (shard, row)
     "Which row a position reads."
-    epoch, at = divmod(int(position), len(self))
-    order = np_rng("shards", self.seed, epoch).permutation(len(self.counts))
-    shards = [int(s) for s in order if self.counts[s]]
-    for g in range(0, len(shards), self.group):
-        mixed = shards[g:g + self.group]
-        n = sum(self.counts[s] for s in mixed)
+    epoch, at = divmod(int(position), len(rows))
+    order = np_rng("shards", rows.seed, epoch).permutation(len(rows.counts))
+    shards = [int(s) for s in order if rows.counts[s]]
+    for g in range(0, len(shards), rows.group):
+        mixed = shards[g:g + rows.group]
+        n = sum(rows.counts[s] for s in mixed)
         if at < n:
-            return self._row_in(mixed, int(_order(n, self.seed, epoch, g)[at]))
+            return _row_in(rows, mixed, int(_order(n, rows.seed, epoch, g)[at]))
         at -= n
 
 # %% ../../nbs/00h_loaders.ipynb #3a5cdafe
-@patch
-def read(self: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
+def read_row(rows: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
     "The sample of one row; raises `Skip`."
-    if (shard, row) in self.left_out: raise Skip("in another set")
-    rng = np_rng(self.seed, self.loader.card.name, key)
-    return self.loader.sample(self.tables[shard][row], rng)
+    if (shard, row) in rows.left_out: raise Skip("in another set")
+    rng = np_rng(rows.seed, rows.loader.card.name, key)
+    return rows.loader.sample(rows.tables[shard][row], rng)
 
-@patch
-def _count_skipped(self: CardSet, why):
+def _count_skipped(rows: CardSet, why):
     "One row more that was left out; stops the run if there are too many."
-    with self.lock:
-        self.loader.skipped[why] += 1
-        self.loader._check()
+    with rows.lock:
+        rows.loader.skipped[why] += 1
+        _check(rows.loader)
 
 # %% ../../nbs/00h_loaders.ipynb #ed5b8242
-@patch
-def __getitem__(self: CardSet, position): # A sample
+def next_usable(rows: CardSet, position): # A sample
     "The sample at a position; if its row cannot be used, the next one in order that can."
-    for k in range(len(self)):
+    for k in range(len(rows)):
         try:
-            sample = self.read(*self.locate(position + k), int(position))
+            sample = rows.read(*rows.locate(position + k), int(position))
         except Skip as e:
-            self._count_skipped(str(e))
+            _count_skipped(rows, str(e))
             continue
-        with self.lock: self.loader.kept += 1
+        with rows.lock: rows.loader.kept += 1
         return sample
-    raise self.loader.trouble("no usable rows")
+    raise rows.loader.trouble("no usable rows")
 
 # %% ../../nbs/00h_loaders.ipynb #a609a00c
 def _mark_at(card_set, at): # A fingerprint, or None

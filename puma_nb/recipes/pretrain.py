@@ -288,7 +288,7 @@ def start_mllm(
     _check_words(llama, tokenizer)
     m = preset.mllm
     def grow(folder):
-        return PumaForConditionalGeneration.from_llama(
+        return from_llama(
             folder, tokenizer, stats, preset.name, m.read_scale)
     return _taken(
         llama, grow, ("llama",), hidden_size=m.hidden_size, num_hidden_layers=m.layers,

@@ -90,7 +90,7 @@ class MLLMPreset:
     scale_weights: tuple    # alpha of Eq. 2, f0..f4
     reduction: str          # how Eq. 2 sums: one of `REDUCTIONS`
     first_scale: int        # images begin with this scale: 4, or 0 for an f0-only control
-    head: str               # what writes features: "regression", or a variant of chapter 3c
+    head: str               # what writes features: "regression", or a variant of chapter 3f
     # tokens of a row that holds several sequences; 0 pads one sequence a row
     pack: int
     # largest noise on the features that are fed in while training, f0..f4

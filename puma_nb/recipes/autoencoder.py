@@ -89,14 +89,6 @@ def _measure_autoencoder(preset, latents, shown, scenes): # {gate: (value, least
         gates["oracle"] = (scores["attributes"], 0.97)
     return gates
 
-# %% ../../nbs/01c_autoencoder_training.ipynb #da57ebdc
-def _speed_unfrozen(task, stage, log):
-    "The speed report of a model that was frozen after its training."
-    task.model.requires_grad_(True)
-    speed = speed_report(task, stage, log)
-    task.model.requires_grad_(False)
-    return speed
-
 # %% ../../nbs/01c_autoencoder_training.ipynb #90980742
 def train_autoencoder(
     preset: Preset, out, seed=0, resume=False, device=None, progress=True, run=Run(),
@@ -104,20 +96,15 @@ def train_autoencoder(
 ):
     "Stage `autoencoder`; gate: 28 dB, and the oracle reads what comes back."
     begun = time.time()
-    out = Path(out)
-    stage = preset.stages["autoencoder"]
     task = AutoencoderTask(preset, seed, images and own_pictures(preset, images, progress))
-    log = fit(task, stage, out / "autoencoder", seed, resume, device, name="autoencoder",
-              progress=progress, run=run)
-    if not is_main(): return
-    latents = standardize(task.model.vae, task.images[:2000])
-    shown = task.images[:300]
-    scenes = None
-    if images is None:
-        n, side = min(300, preset.world.val), preset.autoencoder.image_size
-        shown, scenes = world_images(preset, "val", n, seed, side)
-    gates = _measure_autoencoder(preset, latents, shown, scenes)
-    speed = _speed_unfrozen(task, stage, log)
-    latents.save(out / "autoencoder")
-    finish_stage(out, "autoencoder", stage, gates, seconds=round(time.time() - begun),
-                 speed=speed, measured_on="validation" if scenes else "training pictures")
+    def measure(log):
+        latents = standardize(task.model.vae, task.images[:2000])
+        latents.save(Path(out) / "autoencoder")
+        shown, scenes = task.images[:300], None
+        if images is None:
+            n, side = min(300, preset.world.val), preset.autoencoder.image_size
+            shown, scenes = world_images(preset, "val", n, seed, side)
+        gates = _measure_autoencoder(preset, latents, shown, scenes)
+        return gates, dict(measured_on="validation" if scenes else "training pictures")
+    run_stage("autoencoder", task, preset.stages["autoencoder"], out, measure, begun, seed=seed,
+              resume=resume, device=device, progress=progress, run=run)

@@ -291,19 +291,14 @@ def train_encoder(
     progress: bool = True,
     run: Run = Run()       # How it is run
 ):
-    "Stage `encoder`: train, save, measure its gate."
+    "Stage `encoder`; gates: pixels can be read from f0, places from f2."
     begun = time.time()
-    out = Path(out)
-    stage = preset.stages["encoder"]
     task = EncoderTask(preset, seed)
-    log = fit(task, stage, out / "encoder", seed, resume, device, name="encoder",
-              progress=progress, run=run)
-    if not is_main(): return  # one process measures and saves
-    speed = speed_report(task, stage, log)
-    task.model.cpu()
-    encoder = _save_encoder(task, out)
-    found = _measure_encoder(task, encoder)
-    gates = dict(pixel_r2=(found["pixel_r2"]["f0"], 0.95),
-                 place_f2=(found["probes"]["place"][2], 0.95))
-    took = round(time.time() - begun)
-    finish_stage(out, "encoder", stage, gates, seconds=took, **found, speed=speed)
+    def measure(log):
+        task.model.cpu()
+        found = _measure_encoder(task, _save_encoder(task, Path(out)))
+        gates = dict(pixel_r2=(found["pixel_r2"]["f0"], 0.95),
+                     place_f2=(found["probes"]["place"][2], 0.95))
+        return gates, found
+    run_stage("encoder", task, preset.stages["encoder"], out, measure, begun, seed=seed,
+              resume=resume, device=device, progress=progress, run=run)

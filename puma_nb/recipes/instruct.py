@@ -18,6 +18,7 @@ from ..puma import *
 from .mllm import *
 from .pretrain import *
 from ..training.loop import *
+from ..training.report import *
 from ..world.drawing import *
 from ..world.language import *
 from ..world.samples import *
@@ -48,14 +49,13 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     return samples
 
 # %% ../../nbs/05_instruct.ipynb #2c03c77b
-def _instruct_scores(preset, out, seed, device, begun, log): # (gates, report)
+def _instruct_scores(preset, out, seed, device): # (gates, report)
     puma = Puma(out, device, "instruct")
     n = min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
     answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")}
     answers |= {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
     report = dict(
-        seconds=round(time.time() - begun),
         answers=answers,
         captions=caption_score(puma, images, scenes),
         t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
@@ -83,7 +83,9 @@ def train_instruct(
         "instruct", deeper(preset), model, tokenizer, encoder, seed, data, samples,
         INSTRUCT_SHARES, progress, out, device)
     watch_training(task, preset, encoder, out, seed, device, data)
-    scores = partial(_instruct_scores, preset, out, seed, device, begun)
-    run_stage(
-        "instruct", "instruction tuning", task, preset.stages["instruct"], out, data, scores,
-        begun, seed=seed, resume=resume, device=device, progress=progress, run=run)
+    def measure(log):
+        save_mllm(task.model, task.tokenizer, out / "instruct")
+        return ({}, {}) if data else _instruct_scores(preset, out, seed, device)
+    run_stage("instruct", task, preset.stages["instruct"], out, measure, begun,
+              "instruction tuning", seed=seed, resume=resume, device=device, progress=progress,
+              run=run, sample_every=1000)

@@ -91,6 +91,7 @@ from ..data.segments import *
 from ..errors import *
 from ..evaluation.scores import *
 from ..models.mllm import *
+from ..models.processor import *
 from ..models.pyramid import *
 from ..models.sequence import *
 from ..presets import *
@@ -361,7 +362,7 @@ def compare_with_shipped(
     return found
 
 # %% ../../nbs/04a_real_data.ipynb #801b4575
-def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, begun, log): # (gates, report)
+def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, log): # (gates, report)
     puma = Puma(out, device, "pretrain")
     images, scenes = world_images(preset, "val", min(200, preset.world.val), seed)
     captions = caption_score(puma, images, scenes)
@@ -370,7 +371,6 @@ def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, begun, log):
     board = dashboard(puma.model, tokenizer, first, encode_images(encoder, images[:64]))
     normal = compare_with_shipped(preset, log)
     report = dict(
-        seconds=round(time.time() - begun),
         captions=captions,
         t2i={f"f{i}": s for i, s in pictures.items()},
         reading={k: read_score(puma, k) for k in ("digit", "word")},
@@ -409,8 +409,10 @@ def train_pretrain(
     out = Path(out)
     encoder = load_encoder(out, device)
     task = _pretrain_task(preset, out, encoder, seed, device, progress, data, llama)
-    scores = partial(
-        _pretrain_scores, preset, out, encoder, task.tokenizer, seed, device, begun)
-    run_stage(
-        "pretrain", "pretraining", task, preset.stages["pretrain"], out, data, scores, begun,
-        seed=seed, resume=resume, device=device, progress=progress, run=run)
+    def measure(log):
+        save_mllm(task.model, task.tokenizer, out / "pretrain")
+        if data: return {}, {}
+        return _pretrain_scores(preset, out, encoder, task.tokenizer, seed, device, log)
+    run_stage("pretrain", task, preset.stages["pretrain"], out, measure, begun, "pretraining",
+              seed=seed, resume=resume, device=device, progress=progress, run=run,
+              sample_every=1000)

@@ -32,6 +32,10 @@ class Task:
         "What its samples come from, as JSON: a run is not resumed on something else."
         return {}
 
+    def report(self):
+        "What was read and what was left out, a line for each set; called on every process."
+        return {}
+
     def choose(self, positions, step):
         "A step may use fewer of its positions (long sequences)."
         return positions

@@ -291,7 +291,7 @@ def train(
     stage: str = "all",     # encoder, autoencoder, decoders, pretrain, instruct, or all
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
-    stretch: float = 1.0,   # Multiplies the steps of every stage
+    scale_steps: float = 1.0, # Multiplies the steps of every stage
     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
     parts: str = "all",
     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
@@ -320,9 +320,10 @@ def train(
     quiet: store_true = False # No progress bars
 ):
     "Train a system, stage by stage; interrupted runs go on with --resume."
-    if not 0 < stretch < math.inf: raise UserError("--stretch must be positive")
+    if not 0 < scale_steps < math.inf:
+        raise UserError("--scale-steps must be positive")
     p = get_preset(preset)
-    if stretch != 1: p = stretched(p, stretch)
+    if scale_steps != 1: p = scaled_steps(p, scale_steps)
     begun = _is_finished(out, stage)
     _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, begun))
     folder = writable_folder(out)

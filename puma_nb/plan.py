@@ -351,8 +351,8 @@ def _step_facts(task, micro): # {"tokens", "flops", "rows", "length", "text"}
     work = [task.work(b) for b, _ in micro]
     b = micro[0][0]
     return dict(tokens=sum(w["tokens"] for w in work), flops=sum(w["flops"] for w in work),
-                rows=len(b["ids"]), length=b["ids"].shape[1],
-                text=task.counts(b)["text"] / b["ids"].numel())
+                rows=len(b.ids), length=b.ids.shape[1],
+                text=task.counts(b)["text"] / b.ids.numel())
 
 # %% ../nbs/03g_plan.ipynb #ecffac53
 def measure_step(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'PRESETS', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset', 'DecoderPreset', 'MLLMPreset',
-           'StagePreset', 'Preset', 'make_preset', 'get_preset', 'stretched', 'switched_on']
+           'StagePreset', 'Preset', 'make_preset', 'get_preset', 'scaled_steps', 'switched_on']
 
 # %% ../nbs/00b_presets.ipynb #ecfe8fff
 from dataclasses import dataclass, field, replace
@@ -99,7 +99,7 @@ class MLLMPreset:
     tune_depth_shares: tuple # the same in instruction tuning
     # images of twice this many tokens come with half the sequences, and so on; 0: never
     thin: int
-    read_scale: int         # images that are only read stop at this scale
+    source_scale: int         # images that are only read stop at this scale
     attention: str          # "plain" or "fused", in training
     # a position knows the cell it writes and, at `whole_scale` and finer, its parent
     parent_path: bool
@@ -294,7 +294,7 @@ _NANO["mllm"] |= dict(
     tune_depth_shares=((0.10, 0.20, 0.56, 0.08, 0.06),
                        "ours: edits want fine scales, and these come last"),
     thin=(28, "ours: no step has many more tokens than one that stops at f2"),
-    read_scale=(2, "ours: all five in 3.3"),
+    source_scale=(2, "ours: all five in 3.3"),
     attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
     parent_path=(True, "ours: f1 and f0 fail without (chapter 3)"),
     consistency=(True, "ours: Eq. 1 says that they must agree"),
@@ -489,7 +489,7 @@ _PAPER["mllm"] |= dict(
     depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
     tune_depth_shares=((1.0, 0.0, 0.0, 0.0, 0.0), "3.3: whole pyramids"),
     thin=(0, "A.2: each step has the whole batch"),
-    read_scale=(0, "3.3"),
+    source_scale=(0, "3.3"),
     attention=("fused", "ours"),
     parent_path=(False, _OFF),
     consistency=(False, _OFF),
@@ -577,7 +577,7 @@ def get_preset(name: str): # One of `PRESETS`
     return PRESETS[name]
 
 # %% ../nbs/00b_presets.ipynb #8d9f4b6f
-def stretched(preset: Preset, factor: float): # The same preset with longer stages
+def scaled_steps(preset: Preset, factor: float): # The same preset with longer stages
     "Multiply the steps of every stage."
     longer = {}
     for k, s in preset.stages.items():

@@ -31,7 +31,7 @@ class Puma:
         self.preset = get_preset(self.model.config.preset)
         self.decoders = Decoders(self.preset, self.dir, device)
         self.side = self.preset.encoder.image_size
-        self.read = self.preset.mllm.read_scale
+        self.read = self.preset.mllm.source_scale
 
     # What the verbs share
 
@@ -46,8 +46,9 @@ class Puma:
         self, b, scales=(2,), seeds=0, fast=False, consistent=None
     ): # {scale: B x 3 x H x W}
         "Write images for prompts, down to the finest of `scales`, and decode the named ones."
-        write = write_scales if fast else write_image
-        return self.decode(write(self.model, b, min(scales), consistent=consistent), scales, seeds)
+        write = generate_at_once if fast else generate_image
+        written = generate(self.model, b, min(scales), consistent=consistent)
+        return self.decode(written, scales, seeds)
 
     def decode(self, grids, scales, seeds): # {scale: B x 3 x H x W}
         "Decode the named scales of written pyramids."
@@ -171,7 +172,7 @@ def _image_segments(images, *request):
 def _answers(puma, images, segments): # List of strings
     "What the model writes after its prompts."
     b = puma.prompts(segments, images, image=False)
-    return [puma.tokenizer.decode(i).strip() for i in write_text(puma.model, b)]
+    return [puma.tokenizer.decode(i).strip() for i in generate_text(puma.model, b)]
 
 # %% ../nbs/03e_puma.ipynb #c85a6210
 @torch.no_grad()
@@ -183,8 +184,7 @@ def _likelihood(puma, images, captions): # N log-probabilities per token
     for k, c in enumerate(captions):
         segments = [image(k, False), text(c, True)]
         row = build_sequence(segments, tokenizer, 0, puma.read, first=first)
-        batch = collate([row], store, tokenizer.pad_token_id)
-        b = {name: v.to(puma.model.device) for name, v in batch.items()}
+        b = collate([row], store, tokenizer.pad_token_id).to(puma.model.device)
         words = max(1, int(targets(b)["text"].sum()))
         out.append(-float(loss_terms(puma.model, b)["text"]) / words)
     return out

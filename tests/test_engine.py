@@ -288,7 +288,7 @@ def test_tensorboard_holds_the_log(tmp_path):
     from puma_nb.cli import main
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     argv = ["train", "--preset", "pico", "--stage", "encoder", "--out", str(tmp_path / "x")]
-    assert main([*argv, "--stretch", "10", "--quiet", "--tensorboard", "--norms", "20"]) == 0
+    assert main([*argv, "--scale-steps", "10", "--quiet", "--tensorboard", "--norms", "20"]) == 0
     events = EventAccumulator(str(tmp_path / "x" / "encoder" / "tensorboard")).Reload()
     rows = read_log(tmp_path / "x" / "encoder" / "log.jsonl")
     assert len(rows) == 2 and any(k.startswith("norm_") for k in rows[0])
@@ -309,7 +309,8 @@ def fill():  # once there is a checkpoint, no file may grow beyond the limit
         time.sleep(.001)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 if limit: threading.Thread(target=fill, daemon=True).start()
-argv = ["train", "--preset", "pico", "--stage", "encoder", "--stretch", "50", "--save-every", "5"]
+argv = ["train", "--preset", "pico", "--stage", "encoder", "--scale-steps", "50",
+        "--save-every", "5"]
 sys.exit(main([*argv, "--quiet", "--device", "cpu", "--resume", "--out", str(out)]))
 """
 

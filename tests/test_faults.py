@@ -3,7 +3,7 @@
 A server holds the imports and forks, so that a run starts in no time and dozens of kills fit into a
 few minutes. By hand, over a longer run:
 
-    python tests/test_faults.py --preset nano --stage pretrain --stretch 0.1 --kills 1 --model DIR
+    python tests/test_faults.py --stage pretrain --scale_steps 0.1 --kills 1 --model DIR
 """
 import argparse, multiprocessing, os, random, shutil, signal, time
 from pathlib import Path
@@ -109,7 +109,7 @@ def same(a, b):
 def test_fifty_kills_change_nothing(tmp_path):
     "Every stage of pico, killed at random moments; every second kill strikes during a save."
     argv = (
-        "train", "--preset", "pico", "--stretch", 8, "--save-every", 3, "--quiet", "--device",
+        "train", "--preset", "pico", "--scale-steps", 8, "--save-every", 3, "--quiet", "--device",
         "cpu", "--out",
     )
     begun = time.time()
@@ -134,7 +134,7 @@ def main():
     for name, default in (
         ("preset", "nano"),
         ("stage", "pretrain"),
-        ("stretch", 0.1),
+        ("scale_steps", 0.1),
         ("kills", 1),
         ("model", None),
         ("longest", 60.0),
@@ -151,7 +151,8 @@ def main():
                 a.model, home / x, dirs_exist_ok=True, ignore=shutil.ignore_patterns(a.stage)
             )
     argv = (
-        "train", "--preset", a.preset, "--stage", a.stage, "--stretch", a.stretch, "--save-every",
+        "train", "--preset", a.preset, "--stage", a.stage, "--scale-steps",
+        a.scale_steps, "--save-every",
         50, "--quiet", "--out",
     )
     ends(start([*argv, home / "straight"]))

@@ -49,7 +49,7 @@ PAPER = {
     "mllm.text_weight": (0.02, "A.2.1"),
     "mllm.scale_weights": ((1, 8, 64, 512, 1024), "A.2.1"),
     "mllm.first_scale": (4, "3.3"),
-    "mllm.read_scale": (0, "3.3"),
+    "mllm.source_scale": (0, "3.3"),
     "mllm.depth_shares": ((1, 0, 0, 0, 0), "3.3"),
     "mllm.tune_depth_shares": ((1, 0, 0, 0, 0), "3.3"),
     "mllm.thin": (0, "A.2"),

@@ -15,7 +15,7 @@ OURS = dict(parent_path=False, consistency=False, at_once=0.0, text_mean="token"
             structure_weight=0.0, disturbed_words=0.0)
 FAMILIES = ("t2i", "caption", "ground", "question", "edit", "condition", "read", "passage")
 ORDER = [(i, k) for i in COARSE_TO_FINE for k in range(TOKENS[i])]  # f4, f3 x 4, ... f0 x 256
-KEYS = {"ids", "slot", "learn", "mask", "words", "features", "inputs"}
+KEYS = {"ids", "slot", "loss_mask", "mask", "words", "features"}
 
 
 def small(name):
@@ -65,21 +65,21 @@ def normalised_grids(f0, stats):
 
 def check_batch(b, wanted, images):
     "Ids, slots, marks and features of a batch of one are those that are wanted."
-    assert b["ids"].shape == (1, len(wanted)) and set(b) == KEYS
-    assert torch.equal(b["inputs"], b["features"])  # no noise
+    assert b.ids.shape == (1, len(wanted)) and set(b.tensors()) == KEYS
+    assert b.fed_features is None  # no noise
     for p, (token, learnt) in enumerate(wanted):
-        assert bool(b["learn"][0, p]) == learnt
+        assert bool(b.loss_mask[0, p]) == learnt
         if isinstance(token, tuple):
             scale, k = ORDER[token[1]]
-            assert int(b["slot"][0, p]) == token[1]
+            assert int(b.slot[0, p]) == token[1]
             feature = images[token[0]][scale][k]
-            torch.testing.assert_close(b["features"][0, p], feature, rtol=1e-4, atol=1e-4)
-        else: assert (int(b["ids"][0, p]), int(b["slot"][0, p])) == (token, -1)
+            torch.testing.assert_close(b.features[0, p], feature, rtol=1e-4, atol=1e-4)
+        else: assert (int(b.ids[0, p]), int(b.slot[0, p])) == (token, -1)
 
 
 def losses_by_hand(model, b, wanted, images):
     "The sums of Eq. 2, one token at a time: each is predicted by the position before it."
-    states = model(b["ids"], b["slot"], b["features"], b["mask"]).last_hidden_state[0]
+    states = model(b.ids, b.slot, b.features, b.mask).last_hidden_state[0]
     sums = dict.fromkeys(("text", "structure", *(f"f{i}" for i in COARSE_TO_FINE)), 0.0)
     for p, (token, learnt) in enumerate(wanted):
         if not learnt: continue

@@ -40,7 +40,8 @@ def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
     straight, killed = copy(system, tmp_path / "straight"), copy(system, tmp_path / "killed")
     # 800 steps, a checkpoint every 400
     argv = (
-        "train", "--preset", "pico", "--stage", "pretrain", "--stretch", 200, "--quiet", "--out",
+        "train", "--preset", "pico", "--stage", "pretrain", "--scale-steps", 200, "--quiet",
+        "--out",
     )
     subprocess.run(command(*argv, straight), check=True, capture_output=True)
     process = subprocess.Popen(
@@ -68,7 +69,7 @@ def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
 
 def test_sigterm_saves_and_says_so(system, tmp_path):
     out = copy(system, tmp_path / "run")
-    argv = ("train", "--preset", "pico", "--stage", "pretrain", "--stretch", 500, "--quiet")
+    argv = ("train", "--preset", "pico", "--stage", "pretrain", "--scale-steps", 500, "--quiet")
     process = subprocess.Popen(
         command(*argv, "--out", out),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -187,11 +187,12 @@ def in_batches(f, *lists, batch: int = 100, name: str = None): # List of what f 
 
 def written_grids(puma: Puma, scenes, stop=0, fast=False, consistent=None): # {scale: N x T x C}
     "Raw features that the language model writes for full captions."
-    def write(some):
+    paint = generate_at_once if fast else generate_image
+    def written(some):
         b = puma.prompts([[text(caption(s), False)] for s in some])
-        grids = (write_scales if fast else write_image)(puma.model, b, stop, consistent=consistent)
+        grids = paint(puma.model, b, stop, consistent=consistent)
         return {i: g.cpu() for i, g in grids.items()}
-    parts = in_batches(write, scenes, name="writing")
+    parts = in_batches(written, scenes, name="writing")
     return {i: torch.cat([p[i] for p in parts]) for i in parts[0]}
 
 def true_grids(puma: Puma, scenes): # {scale: N x T x C}

@@ -26,15 +26,16 @@ class PumaConfig(PreTrainedConfig):
     sub_configs = dict(text_config=LlamaConfig)
 
     def __init__(
-        self, text_config=None, feature_size=96, preset="nano", read_scale=2, image_ids=(2, 3),
+        self, text_config=None, feature_size=96, preset="nano", source_scale=2, image_ids=(2, 3),
         head="regression", first_scale=4, # for variants (chapter 3f)
         parent_path=False, consistency=False, whole_scale=1, # ours (chapter 3c)
         **kwargs
     ):
+        source_scale = kwargs.pop("read_scale", source_scale)  # as models of before say it
         if isinstance(text_config, dict):
             text_config = LlamaConfig(**text_config)
         self.text_config = text_config or LlamaConfig()
-        self.feature_size, self.preset, self.read_scale = feature_size, preset, read_scale
+        self.feature_size, self.preset, self.source_scale = feature_size, preset, source_scale
         self.image_ids, self.head, self.first_scale = list(image_ids), head, first_scale
         self.parent_path, self.consistency, self.whole_scale = parent_path, consistency, whole_scale
         super().__init__(**kwargs)
@@ -45,7 +46,7 @@ class RegressionHead(nn.Linear):
     def error(self, hidden, target, noise=None): # N x width, N x C -> N, mean over channels
         return ((self(hidden).float() - target.float()) ** 2).mean(-1)
 
-    def write(self, hidden, noise=None): return self(hidden)
+    def predict(self, hidden, noise=None): return self(hidden)
 
 HEADS = dict(regression=RegressionHead)
 
@@ -110,11 +111,11 @@ class PumaForConditionalGeneration(PreTrainedModel):
         "What a feature is before the out-projector adds to it."
         return self.path.baseline(cell, parent, self.stats) if self.path else 0.0
 
-    def write_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised
+    def predict_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised
         "The feature that a position writes."
-        return self.out_projector.write(hidden, noise).float() + self.baseline(cell, parent)
+        return self.out_projector.predict(hidden, noise).float() + self.baseline(cell, parent)
 
-    def write_text(self, hidden): # -> ... x vocabulary
+    def word_logits(self, hidden): # -> ... x vocabulary
         "Logits of the word that a position writes."
         return self.language_model.lm_head(hidden)
 
@@ -144,7 +145,7 @@ def build_mllm(
     if m.parent_path and m.first_scale < 4:
         raise UserError("the parent path wants whole pyramids: parent_path=False, or first_scale=4")
     config = PumaConfig(
-        text_config(m, tokenizer), preset.encoder.hidden_size, preset.name, m.read_scale,
+        text_config(m, tokenizer), preset.encoder.hidden_size, preset.name, m.source_scale,
         image_ids(tokenizer) if tokenizer else (2, 3), m.head, m.first_scale,
         m.parent_path, m.consistency, m.whole_scale, tie_word_embeddings=m.tied)
     model = PumaForConditionalGeneration(config)
@@ -156,13 +157,13 @@ def build_mllm(
 # %% ../../nbs/03_mllm.ipynb #6f556076
 TERMS = ("text", "structure") + tuple(f"f{i}" for i in SCALES)
 
-def targets(b): # {term: B x (L-1) mask}
+def targets(b: Batch): # {term: B x (L-1) mask}
     "Which positions predict a learnt word, and which a feature of each scale."
-    learn, slot = b["learn"][:, 1:] & (b["mask"][:, 1:] > 0), b["slot"][:, 1:]
+    learn, slot = b.loss_mask[:, 1:] & (b.mask[:, 1:] > 0), b.slot[:, 1:]
     scale = torch.where(slot >= 0, SCALE_OF_SLOT.to(slot.device)[slot.clamp_min(0)], -1)
     words = learn & (slot < 0)
     apart = torch.zeros_like(words)
-    if "weight" in b: apart = b["weight"][:, 1:] == 0  # ours, chapter 3b
+    if b.weight is not None: apart = b.weight[:, 1:] == 0  # ours, chapter 3b
     features = {f"f{i}": learn & (scale == i) for i in SCALES}
     return dict(text=words & ~apart, structure=words & apart, **features)
 
@@ -174,7 +175,7 @@ def text_loss(
 ): # N cross-entropies in float32
     "Cross-entropy of learnt words."
     def piece(h, i):
-        return F.cross_entropy(model.write_text(h).float(), i, reduction="none")
+        return F.cross_entropy(model.word_logits(h).float(), i, reduction="none")
     n = max(1, logits // model.config.text_config.vocab_size)
     if len(ids) <= n: return piece(hidden, ids)
     pieces = zip(hidden.split(n), ids.split(n))
@@ -183,8 +184,8 @@ def text_loss(
 def text_terms(model, b, hidden, where): # {"text", "structure"}
     "Cross-entropy over learnt words; logits for these positions only."
     words = where["text"] | where["structure"]
-    weight = b.get("weight", torch.ones_like(b["mask"]))[:, 1:][words]
-    error = text_loss(model, hidden[:, :-1][words], b["ids"][:, 1:][words])
+    error = text_loss(model, hidden[:, :-1][words], b.ids[:, 1:][words])
+    weight = torch.ones_like(error) if b.weight is None else b.weight[:, 1:][words]
     return dict(text=(error * weight)[where["text"][words]].sum(),
                 structure=error[where["structure"][words]].sum())
 
@@ -193,28 +194,28 @@ def image_terms(model, b, hidden, where, place): # {"f0", ..., "f4"}
     "Squared error, averaged over channels, over learnt features of each scale."
     image = torch.stack([where[f"f{i}"] for i in SCALES]).any(0)
     def writer(x): # at the position that writes each learnt feature: the one before, or itself
-        if "block" not in b: return x[:, :-1][image]
-        itself = b["block"][:, 1:][image] >= 0
+        if b.block is None: return x[:, :-1][image]
+        itself = b.block[:, 1:][image] >= 0
         itself = itself.view(-1, *[1] * (x.dim() - 2))
         return torch.where(itself, x[:, 1:][image], x[:, :-1][image])
     baseline = model.baseline(**{k: writer(v) for k, v in place.items()})
-    goal = b["features"][:, 1:][image].float() - baseline
-    noise = b["noise"][:, 1:][image] if "noise" in b else None
+    goal = b.features[:, 1:][image].float() - baseline
+    noise = None if b.noise is None else b.noise[:, 1:][image]
     error = model.out_projector.error(writer(hidden), goal, noise)
     return {f"f{i}": error[where[f"f{i}"][image]].sum() for i in SCALES}
 
 def loss_terms(
-    model, b,          # A batch of `collate`
-    inputs=None        # Features that are fed in, if others than the targets (noise)
+    model, b: Batch
 ): # {"text", "structure", "f0", ..., "f4"}: sums in float32
     "The sums of Eq. 2, each for itself."
     bare, where = getattr(model, "module", model), targets(b)
-    seen = b["features"] if inputs is None else inputs
+    seen = b.features if b.fed_features is None else b.fed_features
+    ids = b.ids if b.fed_ids is None else b.fed_ids
+    mask = b.mask if b.attention is None else b.attention
     place = add_cells(b, seen) if bare.path else {}
-    if "block" in b:
-        seen = seen * (b["block"] < 0)[..., None]  # written at once: not fed in
-    hidden = model(b.get("fed", b["ids"]), b["slot"], seen, b.get("attention", b["mask"]),
-                   b.get("positions"), **place).last_hidden_state
+    if b.block is not None:
+        seen = seen * (b.block < 0)[..., None]  # written at once: not fed in
+    hidden = model(ids, b.slot, seen, mask, b.positions, **place).last_hidden_state
     return text_terms(bare, b, hidden, where) | image_terms(bare, b, hidden, where, place)
 
 # %% ../../nbs/03_mllm.ipynb #9312a67d

@@ -60,7 +60,7 @@ class FlowHead(nn.Module):
         velocity = self.velocity((1 - t) * x + t * target, t, hidden).float()
         return ((velocity - (target - x)) ** 2).mean(-1)
 
-    def write(self, hidden, noise): # noise: ... x C
+    def predict(self, hidden, noise): # noise: ... x C
         "Follow the velocity from noise to a feature."
         x = noise.to(hidden.dtype)
         for k in range(self.steps):

@@ -59,7 +59,7 @@ class PumaProcessor(ProcessorMixin):
         read: int = 0,           # Images that are only read end after this one
         paint: bool = False,     # Open an image at the end: a prompt
         left: bool = False       # Pad on the left, for generation
-    ): # BatchFeature: ids, mask, slot, learn, image (B x L), and pixel_values if there are images
+    ): # BatchFeature: ids, mask, slot, loss_mask, words, image (B x L); pixel_values of images
         "One padded batch."
         images, rows = [], []
         for s in _as_samples(samples):
@@ -86,13 +86,13 @@ def _features(pixels, encoder): # N x 256 x C on the CPU
     device = next(encoder.parameters()).device
     return encoder(pixel_values=pixels.to(device)).last_hidden_state[:, 1:].cpu()
 
-def encode_batch(b, encoder, stats: FeatureStats): # A batch for the model
-    "Encode the pixels of a processor's batch and put their features where the image tokens stand."
-    b = dict(b)
-    pixels = b.pop("pixel_values", None)
+def encode_batch(rows: dict, encoder, stats: FeatureStats): # A `Batch`
+    "Encode the pixels of what a processor made, and put features where image tokens stand."
+    rows = dict(rows)
+    pixels = rows.pop("pixel_values", None)
     if pixels is None: f0 = torch.zeros(1, TOKENS[0], stats.mean.shape[1])
     else: f0 = _features(pixels, encoder)
-    return add_features(b, FeatureStore(f0.detach(), stats))
+    return add_features(rows, FeatureStore(f0.detach(), stats))
 
 # %% ../../nbs/03d_processor.ipynb #8e43c778
 def save_mllm(model, tokenizer, folder):
@@ -140,12 +140,12 @@ def from_llama(
     tokenizer,          # Its tokenizer after `add_puma_tokens`
     stats: FeatureStats, # Of the image encoder
     preset: str = "nano",
-    read_scale: int = 2
+    source_scale: int = 2
 ): # A `PumaForConditionalGeneration`
     "A multi-granular model around an existing language model."
     llama = _load_llama(folder, len(tokenizer))
     c, width = llama.config, stats.mean.shape[1]
-    config = PumaConfig(c.to_dict(), width, preset, read_scale, image_ids(tokenizer),
+    config = PumaConfig(c.to_dict(), width, preset, source_scale, image_ids(tokenizer),
                         tie_word_embeddings=c.tie_word_embeddings)
     model = PumaForConditionalGeneration(config)
     model.language_model.load_state_dict(llama.state_dict())

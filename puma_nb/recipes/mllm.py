@@ -61,13 +61,15 @@ class MLLMTask(Task):
     def reads(self):
         return {n: dict(samples=len(s), share=self.shares[n]) for n, s in self.sets.items()}
 
-    def losses(self, model, b, step): return loss_terms(model, b, b["inputs"])
+    def losses(self, model, b, step): return loss_terms(model, b)
+
+    def restored(self, tensors): return Batch(**tensors)
 
     def counts(self, b):
         "What each term's sum is divided by."
         found = {k: float(v.sum()) for k, v in targets(b).items()}
-        if "weight" in b:
-            found["text"] = float(b["weight"][:, 1:][targets(b)["text"]].sum())
+        if b.weight is not None:
+            found["text"] = float(b.weight[:, 1:][targets(b)["text"]].sum())
         return found
 
     def groups(self, stage):
@@ -82,14 +84,14 @@ class MLLMTask(Task):
         "Tokens that are not padding, room for tokens, and useful operations (formula: chapter 3g)."
         m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
         text = found.pop("text") + found.pop("structure")
-        lengths = b["mask"].sum(-1).cpu().double()
+        lengths = b.mask.sum(-1).cpu().double()
         tokens, backbone = int(lengths.sum()), self.model.language_model.model.layers.parameters()
         layers = sum(getattr(p, "ds_numel", p.numel()) for p in backbone)  # of DeepSpeed
         attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
-        features = 2 * sum(found.values()) * b["features"].shape[-1]
+        features = 2 * sum(found.values()) * b.features.shape[-1]
         ends = 2 * m.hidden_size * (text * m.vocab_size + features)
         flops = 3 * (2 * layers * tokens + attention + ends)
-        return dict(tokens=tokens, room=b["mask"].numel(), flops=flops)
+        return dict(tokens=tokens, room=b.mask.numel(), flops=flops)
 
 # %% ../../nbs/03b_training.ipynb #a88bf90a
 def stop_of(task: MLLMTask, step):
@@ -114,42 +116,41 @@ def noisy_inputs(task: MLLMTask, b, positions): # B x L x C: the features that a
     "Learnt features with noise of a random amount, up to the preset's."
     draws = [np_rng(task.seed, "amount", int(p)).random() for p in positions]
     share = torch.tensor(draws, dtype=torch.float32)[:, None]
-    most = torch.tensor(task.preset.mllm.feature_noise)[SCALE_OF_SLOT[b["slot"].clamp_min(0)]]
-    amount = share * most * b["learn"] * (b["slot"] >= 0)
-    noise = noise_for(positions, *b["features"].shape[1:], keys=(task.seed, "inputs"))
-    return b["features"] + amount[..., None] * noise
+    most = torch.tensor(task.preset.mllm.feature_noise)[SCALE_OF_SLOT[b.slot.clamp_min(0)]]
+    amount = share * most * b.loss_mask * (b.slot >= 0)
+    noise = noise_for(positions, *b.features.shape[1:], keys=(task.seed, "inputs"))
+    return b.features + amount[..., None] * noise
 
 def training_batch(task: MLLMTask, positions, step):
     "The batch of a step."
     stop, m = task.stop(step), task.preset.mllm
     segments, store = task.gather(positions)
-    read = min(stop, m.read_scale)
+    read = min(stop, m.source_scale)
     rows = [build_sequence(g, task.tokenizer, stop, read, first=m.first_scale) for g in segments]
     b = collate(rows, store, task.tokenizer.pad_token_id)
-    b["inputs"] = noisy_inputs(task, b, positions) if any(m.feature_noise) else b["features"]
+    if any(m.feature_noise): b.fed_features = noisy_inputs(task, b, positions)
     if m.head != "regression": # a head that draws wants noise, and one number more for the time
-        length, channels = b["features"].shape[1:]
-        b["noise"] = noise_for(positions, length, channels + 1, keys=(task.seed, "head"))
+        length, channels = b.features.shape[1:]
+        b.noise = noise_for(positions, length, channels + 1, keys=(task.seed, "head"))
     b = beyond_the_paper(task, b, positions, step)
     if m.pack: b = pack(b, m.pack)
-    elif "block" in b:
-        b["attention"] = additive(visible(b["mask"] - 1, b["block"]))
-    device = next(task.model.parameters()).device
-    return {k: v.to(device) for k, v in b.items()}
+    elif b.block is not None:
+        b.attention = additive(visible(b.mask - 1, b.block))
+    return b.to(next(task.model.parameters()).device)
 
 # %% ../../nbs/03b_training.ipynb #0da98ca3
 def disturb_words(
-    b, words,      # A batch, and the ids of the words that may be disturbed
+    b: Batch, words, # The ids of the words that may be disturbed
     share: float,  # Of the learnt ones
     pad: int,      # Id of a blank
     keys           # One key a row
 ): # B x L: the ids to feed in
     "Feed in some learnt words wrongly, or not at all; what is learnt stays."
-    fed, known = b["ids"].clone(), np.array(words)
+    fed, known = b.ids.clone(), np.array(words)
     for r, key in enumerate(keys):
         draws = np_rng("words", *key).random((fed.shape[1], 3))  # a token's own three numbers
         chance, kind, which = draws.T
-        learn, ids = b["learn"][r].numpy(), fed[r].numpy()
+        learn, ids = b.loss_mask[r].numpy(), fed[r].numpy()
         hit = np.isin(ids, known) & learn & (chance < share)
         other = known[(which * len(known)).astype(int)]
         wrong = np.where(kind < .5, pad, other)
@@ -160,14 +161,14 @@ def beyond_the_paper(task: MLLMTask, b, positions, step):
     "The batch with what the preset asks for beyond the paper."
     m, t = task.preset.mllm, task.tokenizer
     if m.text_mean == "segment":
-        b["weight"] = (b["words"] > 0) / b["words"].clamp_min(1) ** 0.5
+        b.weight = (b.words > 0) / b.words.clamp_min(1) ** 0.5
     if m.disturbed_words:
         colors = [to_ids(t, c) for c in COLORS]
         colors = [ids[0] for ids in colors if len(ids) == 1]
         keys = [(task.seed, int(p)) for p in positions]
-        b["fed"] = disturb_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
+        b.fed_ids = disturb_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
     at_once = np_rng(task.seed, task.name, "whole", step).random() < m.at_once
-    if at_once: b["block"] = scale_blocks(b, m.whole_scale)
+    if at_once: b.block = scale_blocks(b, m.whole_scale)
     return b
 
 # %% ../../nbs/03b_training.ipynb #9515f417
@@ -206,9 +207,9 @@ def teacher_forced(model, tokenizer, captions, store: FeatureStore, stop: int): 
     rows = [build_sequence(p, tokenizer, stop, first=first) for p in pairs]
     b = collate(rows, store, tokenizer.pad_token_id)
     if model.config.head != "regression":
-        length, channels = b["features"].shape[1:]
-        b["noise"] = noise_for(range(len(captions)), length, channels + 1, keys=("dashboard",))
-    b = {k: v.to(next(model.parameters()).device) for k, v in b.items()}
+        length, channels = b.features.shape[1:]
+        b.noise = noise_for(range(len(captions)), length, channels + 1, keys=("dashboard",))
+    b = b.to(next(model.parameters()).device)
     counts = targets(b)
     return {k: float(v) / max(1, int(counts[k].sum())) for k, v in loss_terms(model, b).items()}
 
@@ -225,7 +226,7 @@ def dashboard(
     prompts = [[text(c, False)] for c in captions]
     b = prompt_batch(prompts, tokenizer, store, 4, image=True, first=model.config.first_scale)
     out = dict(scale=[], teacher=[], free=[], variance=[])
-    for i, grid in sorted(write_image(model, b, stop).items(), reverse=True):
+    for i, grid in sorted(generate_image(model, b, stop).items(), reverse=True):
         guess, aim = model.stats.normalize(grid.cpu(), i), model.stats.normalize(true[i], i)
         out["scale"].append(f"f{i}")
         out["teacher"].append(teacher[f"f{i}"])

@@ -47,16 +47,16 @@ class PretrainTask(MLLMTask):
     def said(self, model, n=4): # what it says of the first validation pictures
         asked = [[image(k, False)] for k in range(n)]
         store = FeatureStore(self.held[1][:n], model.stats)
-        scale = self.preset.mllm.read_scale
+        scale = self.preset.mllm.source_scale
         b = prompt_batch(asked, self.tokenizer, store, scale, image=False)
-        return [self.tokenizer.decode(i).strip() for i in write_text(model, b)]
+        return [self.tokenizer.decode(i).strip() for i in generate_text(model, b)]
 
     def sample(self, model, step, folder):
         if self.decoders is None: return
         asked = [[text(p, False)] for p in PROMPTS]
-        scale = self.preset.mllm.read_scale
+        scale = self.preset.mllm.source_scale
         b = prompt_batch(asked, self.tokenizer, self.store, scale, image=True)
-        features = write_image(model.eval(), b, 2)[2]
+        features = generate_image(model.eval(), b, 2)[2]
         pictures = self.decoders.decode(features, 2, seeds=list(range(len(PROMPTS))))
         captions = self.said(model) if self.held else []
         model.train()
@@ -290,7 +290,7 @@ def start_mllm(
     m = preset.mllm
     def grow(folder):
         return from_llama(
-            folder, tokenizer, stats, preset.name, m.read_scale)
+            folder, tokenizer, stats, preset.name, m.source_scale)
     return _taken(
         llama, grow, ("llama",), hidden_size=m.hidden_size, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)

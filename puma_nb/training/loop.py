@@ -91,10 +91,11 @@ def is_bad(
     return bad
 
 # %% ../../nbs/00q_loop.ipynb #0281a6e2
-def _moved(batch, device):
-    "The batch with its tensors on a device."
+def _moved(batch, device): # {name: tensor, or whatever else is there}
+    "A batch's tensors on a device, without its class."
     on = {}
-    for k, v in batch.items():
+    named = batch if isinstance(batch, dict) else batch.tensors()
+    for k, v in named.items():
         on[k] = v.to(device) if isinstance(v, torch.Tensor) else v
     return on
 
@@ -130,7 +131,8 @@ def replay(
     accelerator = make_accelerator(device, kept["bf16"])
     micro = []
     for part in parts:
-        micro += [(_moved(b, accelerator.device), share) for b, share in part["micro"]]
+        for tensors, share in part["micro"]:
+            micro.append((task.restored(_moved(tensors, accelerator.device)), share))
     task.model.to(accelerator.device).train().zero_grad()
     torch.manual_seed(seed_of(kept["seed"], kept["name"], kept["step"]))
     terms = train_step(accelerator, task, Losses(task), None, kept["step"], micro=micro)

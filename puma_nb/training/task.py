@@ -36,6 +36,10 @@ class Task:
         "What was read and what was left out, a line for each set; called on every process."
         return {}
 
+    def restored(self, tensors): # A batch as `batch` makes it
+        "A batch from its tensors, which is how a bad step is kept."
+        return tensors
+
     def choose(self, positions, step):
         "A step may use fewer of its positions (long sequences)."
         return positions

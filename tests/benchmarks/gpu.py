@@ -1,6 +1,6 @@
 """Real sizes on one GPU: training steps of the SDXL-size decoder and of the LLaMA-3-8B-size language model, its generation, preset mini trained, and the configurations of accelerate tried.
 
-    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mllm] [--part mini] [--part shard] [--stretch 1.0]
+    python tests/benchmarks/gpu.py --out DIR [--part step] [--part mllm] [--part mini] [--part shard] [--scale-steps 1.0]
 
 One call does everything and leaves DIR/gpu.json, and for mini the folder of the system without its checkpoints.
 `--smoke` runs the same lines with preset nano's decoder on whatever device there is, to see that the script works.
@@ -15,10 +15,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import pick_device
 from puma_nb.models.decoders import build_decoder, noise_schedule
-from puma_nb.models.generation import write_image
+from puma_nb.models.generation import generate_image
+from puma_nb.models.sequence import Batch
 from puma_nb.models.mllm import build_mllm, loss_terms, loss_weights, targets
 from puma_nb.plan import get_device, mllm_flops, mllm_memory, peak_memory
-from puma_nb.presets import get_preset, stretched
+from puma_nb.presets import get_preset, scaled_steps
 from puma_nb.training.launch import accelerate_config
 from puma_nb.training.log import read_log
 from puma_nb.training.loop import Run
@@ -70,7 +71,7 @@ def random_batch(preset, rows, device, text=60):
     "Captions of random words, each with a whole pyramid of random features: 60 + 341 tokens."
     ids = torch.randint(5, preset.mllm.vocab_size, (rows, text + 341), device=device)
     slot = torch.full_like(ids, -1); slot[:, text:] = torch.arange(341, device=device)
-    return dict(ids=ids, slot=slot, mask=torch.ones_like(ids), learn=torch.ones_like(ids, dtype=torch.bool), features=torch.randn(*ids.shape, preset.encoder.hidden_size, device=device))
+    return Batch(ids, torch.ones_like(ids), slot, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids), torch.randn(*ids.shape, preset.encoder.hidden_size, device=device))
 
 
 def language_model(preset, rows, masters, peak, device, rounds=6):
@@ -87,17 +88,17 @@ def language_model(preset, rows, masters, peak, device, rounds=6):
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
     times = []
     for _ in range(rounds): sync(); t = time.perf_counter(); step(); sync(); times.append(time.perf_counter() - t)
-    seconds, tokens = sorted(times)[len(times) // 2], b["ids"].numel()
+    seconds, tokens = sorted(times)[len(times) // 2], b.ids.numel()
     plan = mllm_memory(preset, 1, False, tokens=tokens)
     if not masters: plan |= dict(states=plan["states"] / 2, gradients=plan["gradients"] / 2, copies=0)  # weights, gradients and moments of two bytes each
     out = dict(rows=rows, masters=masters, tokens_per_second=round(tokens / seconds), mfu=round(mllm_flops(preset) * rows / seconds / peak, 4),
                peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else 0.0, planned_gib=round(peak_memory(plan, accumulate=False) / 2**30, 1))
     del optimizer; model.eval().to(torch.bfloat16)
-    prompt = {k: v[:1, :21] for k, v in b.items()}; prompt["slot"] = torch.full_like(prompt["slot"], -1); prompt["ids"][:, -1] = model.config.image_ids[0]
+    prompt = b.map(lambda v: v[:1, :21]); prompt.slot = torch.full_like(prompt.slot, -1); prompt.ids[:, -1] = model.config.image_ids[0]
     for cache, compiled in (("dynamic", False), ("static", False), ("static", device.type == "cuda")):
         try:
-            write_image(model, prompt, 0, cache=cache, compile=compiled)  # compiles for the very shapes that are timed
-            sync(); t = time.perf_counter(); write_image(model, prompt, 0, cache=cache, compile=compiled); sync()
+            generate_image(model, prompt, 0, cache=cache, compile=compiled)  # compiles for the very shapes that are timed
+            sync(); t = time.perf_counter(); generate_image(model, prompt, 0, cache=cache, compile=compiled); sync()
             out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = round(1000 * (time.perf_counter() - t) / 341, 2)
         except Exception as e: out[f"ms_per_token_{cache}{'_compiled' if compiled else ''}"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
     return dict(out, ms_per_token_bandwidth_limit=round(2000 * sum(q.numel() for q in model.parameters()) / (get_device("h200").bandwidth * 1e12), 3))
@@ -111,7 +112,7 @@ def divided(out, smoke):
     for how in ("alone", *(() if smoke else ("ddp", "fsdp2", "zero3"))):
         shutil.copytree(home / "system", home / how)
         start = [sys.executable] if how == "alone" else ["accelerate", "launch", "--config_file", str(accelerate_config(how)), "--num_processes", str(gpus)]
-        done = subprocess.run([*start, "-m", "puma_nb.cli", *train, "--stage", "pretrain", "--stretch", "50", "--out", str(home / how)], capture_output=True, text=True)
+        done = subprocess.run([*start, "-m", "puma_nb.cli", *train, "--stage", "pretrain", "--scale-steps", "50", "--out", str(home / how)], capture_output=True, text=True)
         said = [l for l in done.stderr.splitlines() if "Error" in l or l.startswith("puma-nb")]
         loss = read_log(home / how / "pretrain" / "log.jsonl")[-1]["loss"] if done.returncode == 0 else None
         found[how] = dict(error=said[:3] or done.stderr.strip().splitlines()[-3:]) if loss is None else dict(loss=loss, against_alone=loss / found["alone"]["loss"] if "loss" in found.get("alone", {}) else None)
@@ -121,7 +122,7 @@ def divided(out, smoke):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=PARTS); p.add_argument("--stretch", type=float, default=1.0)
+    p.add_argument("--out", required=True); p.add_argument("--part", action="append", choices=PARTS); p.add_argument("--scale-steps", type=float, default=1.0)
     p.add_argument("--peak", type=float, default=989e12); p.add_argument("--smoke", action="store_true")
     args = p.parse_args()
     out, device = Path(args.out), pick_device()
@@ -146,7 +147,7 @@ def main():
             (out / "gpu.json").write_text(json.dumps(report, indent=1))
     if "mini" in (args.part or PARTS):
         from puma_nb.recipes.system import train_system
-        train_system(stretched(get_preset("pico" if args.smoke else "mini"), args.stretch), out / "mini", resume=True, progress=False, run=Run(ahead=2))  # resume: a second call goes on
+        train_system(scaled_steps(get_preset("pico" if args.smoke else "mini"), args.scale_steps), out / "mini", resume=True, progress=False, run=Run(ahead=2))  # resume: a second call goes on
         logs = {f.parent.name: read_log(f) for f in (out / "mini").rglob("log.jsonl")}
         report["mini"] = {s: dict(samples_per_second=median([r["samples_per_second"] for r in log]), data_share=median([r["data_share"] for r in log]), memory_gb=log[-1]["memory_gb"]) for s, log in logs.items()}
         print(report["mini"], flush=True); (out / "gpu.json").write_text(json.dumps(report, indent=1))

@@ -54,13 +54,14 @@ class Everywhere(nn.Module):
     "The same model and loss as a plain program would write them: logits at every position."
     def __init__(self, model, weights): super().__init__(); self.puma, self.weights = model, weights
 
-    def forward(self, labels=None, **b):
-        hidden = self.puma(b["ids"], b["slot"], b["inputs"], b["mask"]).last_hidden_state[:, :-1]
+    def forward(self, labels=None, **tensors):
+        b = Batch(**tensors)
+        hidden = self.puma(b.ids, b.slot, b.fed_features, b.mask).last_hidden_state[:, :-1]
         where, counts = targets(b), {k: v.sum().clamp_min(1) for k, v in targets(b).items()}
-        logits = self.puma.write_text(hidden).float()
-        aim = torch.where(where["text"], b["ids"][:, 1:], -100)
+        logits = self.puma.word_logits(hidden).float()
+        aim = torch.where(where["text"], b.ids[:, 1:], -100)
         loss = self.weights["text"] * F.cross_entropy(logits.flatten(0, 1), aim.flatten(), ignore_index=-100, reduction="sum") / counts["text"]
-        error = ((self.puma.out_projector(hidden).float() - b["features"][:, 1:]) ** 2).mean(-1)
+        error = ((self.puma.out_projector(hidden).float() - b.features[:, 1:]) ** 2).mean(-1)
         for i in SCALES: loss = loss + self.weights[f"f{i}"] * error[where[f"f{i}"]].sum() / counts[f"f{i}"]
         return dict(loss=loss)
 
@@ -82,10 +83,10 @@ def training(rounds, vocabulary=None):
     def batch(k): return ours.batch(ours.choose(np.arange(k * stage.batch, (k + 1) * stage.batch), k), k)
     def step_plain():
         for k in range(count):
-            plain(**batch(k))["loss"].backward(); torch.nn.utils.clip_grad_norm_(plain.parameters(), 5.); plain_opt.step(); plain_opt.zero_grad()
+            plain(**batch(k).tensors())["loss"].backward(); torch.nn.utils.clip_grad_norm_(plain.parameters(), 5.); plain_opt.step(); plain_opt.zero_grad()
     class Batches(torch.utils.data.Dataset):
         def __len__(self): return count
-        def __getitem__(self, k): return batch(k)
+        def __getitem__(self, k): return batch(k).tensors()
     arguments = TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=1, num_train_epochs=1, bf16=has_bf16(), use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
                                   max_grad_norm=5., learning_rate=1e-4, disable_tqdm=True, remove_unused_columns=False, optim="adamw_torch_fused", lr_scheduler_type="constant", dataloader_drop_last=False)
     class Clock(TrainerCallback):
@@ -110,8 +111,8 @@ def generation(rounds):
     model, _ = load_mllm()
     torch.manual_seed(0); wide = build_mllm(get_preset("nano"), tokenizer, load_stats()).eval()
     b = prompt_batch([[text("a red circle at the top left and a blue square at the right on a white ground", False)]], tokenizer, store, 2, True)
-    t = take_turns(dict(cached=lambda: write_image(model, b, 0), static=lambda: write_image(model, b, 0, cache="static"), compiled=lambda: write_image(model, b, 0, cache="static", compile=True), recomputed=lambda: write_image(model, b, 0, cache="none"),
-                        f4=lambda: write_image(model, b, 4), at_once=lambda: write_scales(wide, b, 0)), rounds)
+    t = take_turns(dict(cached=lambda: generate_image(model, b, 0), static=lambda: generate_image(model, b, 0, cache="static"), compiled=lambda: generate_image(model, b, 0, cache="static", compile=True), recomputed=lambda: generate_image(model, b, 0, cache="none"),
+                        f4=lambda: generate_image(model, b, 4), at_once=lambda: generate_at_once(wide, b, 0)), rounds)
     return dict(seconds=t, cached_over_recomputed=t["recomputed"] / t["cached"], compiled_over_recomputed=t["recomputed"] / t["compiled"], at_once_over_cached=t["cached"] / t["at_once"], f4_over_all=t["cached"] / t["f4"])
 
 

@@ -46,8 +46,8 @@ class Puma:
         self, b, scales=(2,), seeds=0, fast=False, consistent=None
     ): # {scale: B x 3 x H x W}
         "Write images for prompts, down to the finest of `scales`, and decode the named ones."
-        write = generate_at_once if fast else generate_image
-        written = generate(self.model, b, min(scales), consistent=consistent)
+        how = generate_at_once if fast else generate_image
+        written = how(self.model, b, min(scales), consistent=consistent)
         return self.decode(written, scales, seeds)
 
     def decode(self, grids, scales, seeds): # {scale: B x 3 x H x W}

@@ -99,7 +99,7 @@ class Puma:
 
     def ground(self, images): # List of captions with a box for each thing; `boxes_in` reads them
         "Captions with boxes."
-        return _answers(self, images, _image_segments(images, text(GROUND, False)))
+        return _answers(self, images, _image_segments(images, text_segment(GROUND, False)))
 
     # Choosing a scale
 
@@ -148,12 +148,12 @@ def _caption_segments(prompts):
     if not prompts or not all(p.strip() for p in prompts):
         raise UserError("the prompt is empty: describe a picture, "
                         "say \"a red circle at the top left on a white ground\"")
-    return [[text(p, False)] for p in prompts]
+    return [[text_segment(p, False)] for p in prompts]
 
 def _edit_segments(images, instructions):
     "`[IMG] source [/IMG] instruction`"
     instructions = each(instructions, images, "instruction")
-    return [[image(k, False), text(i, False)] for k, i in enumerate(instructions)]
+    return [[image_segment(k, False), text_segment(i, False)] for k, i in enumerate(instructions)]
 
 def _coloring_instructions(images, captions):
     "The instruction that asks for colours, and the caption."
@@ -162,12 +162,13 @@ def _coloring_instructions(images, captions):
 # %% ../nbs/03e_puma.ipynb #1b3968ab
 def _question_segments(images, questions):
     "`system [IMG] image [/IMG] question`"
-    questions, system = each(questions, images, "question"), text(SYSTEM, False)
-    return [[system, image(k, False), text(q, False)] for k, q in enumerate(questions)]
+    questions, system = each(questions, images, "question"), text_segment(SYSTEM, False)
+    said = [text_segment(q, False) for q in questions]
+    return [[system, image_segment(k, False), q] for k, q in enumerate(said)]
 
 def _image_segments(images, *request):
     "`[IMG] image [/IMG]`, and a request if there is one"
-    return [[image(k, False), *request] for k in range(len(images))]
+    return [[image_segment(k, False), *request] for k in range(len(images))]
 
 def _answers(puma, images, segments): # List of strings
     "What the model writes after its prompts."
@@ -182,7 +183,7 @@ def _likelihood(puma, images, captions): # N log-probabilities per token
     tokenizer, first = puma.tokenizer, puma.model.config.first_scale
     out = []
     for k, c in enumerate(captions):
-        segments = [image(k, False), text(c, True)]
+        segments = [image_segment(k, False), text_segment(c, True)]
         row = build_sequence(segments, tokenizer, 0, puma.read, first=first)
         b = collate([row], store, tokenizer.pad_token_id).to(puma.model.device)
         words = max(1, int(targets(b)["text"].sum()))

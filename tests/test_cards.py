@@ -166,10 +166,10 @@ def test_every_set_has_a_stand_in():
 @pytest.mark.parametrize("name", sorted(n for n, c in CARDS.items() if c.standin))
 def test_stand_in_builds_a_sample(name):
     s = world_samples(CARDS[name].standin, 1)[0]
-    assert any(g["supervised"] for g in s["segments"])
+    assert any(g.supervised for g in s["segments"])
     for g in s["segments"]:
-        if g["kind"] == "image": assert s["images"][g["image"]].shape[0] == 3
-        else: assert g["text"]
+        if g.kind == "image": assert s["images"][g.image].shape[0] == 3
+        else: assert g.text
 
 
 # ---- headers that are refused

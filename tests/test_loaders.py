@@ -108,16 +108,16 @@ def test_every_card_and_stage(name, stage, tmp_path):
         elif "image" in fields: assert len(s["images"]) == 1
         elif fields == {"caption"}: assert not s["images"]
         assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for x in s["images"])
-        assert any(g["supervised"] for g in s["segments"])
+        assert any(g.supervised for g in s["segments"])
         if s["images"]:
             # it is the picture of its row
             assert (s["images"][-1].float() - draw_scene(SCENES[k], 32).float()).abs().mean() < 12
         if "boxes" in fields:
-            said = " ".join(g["text"] for g in s["segments"])
+            said = " ".join(g.text for g in s["segments"])
             assert len(boxes_in(said)) == len(SCENES[k].things)
         if stage == "instruct-understand":
             # system, image, two turns: the loss is on answers
-            assert [g["supervised"] for g in s["segments"]] == [
+            assert [g.supervised for g in s["segments"]] == [
                 False, False, False, True, False, True,
             ]
     assert len(as_dataset(samples)) == N  # the same form as the world's samples
@@ -127,7 +127,7 @@ def test_pretraining_goes_both_ways(tmp_path):
     card = CARDS["laion-aesthetics"]
     write_set(card, tmp_path)
     ends = Counter(
-        s["segments"][-1]["kind"]
+        s["segments"][-1].kind
         for seed in range(40)
         for s in Loader(card, tmp_path, "pretrain", 8, seed)
     )
@@ -245,7 +245,7 @@ def test_a_run_goes_past_broken_shards(tmp_path):
     (tmp_path / "00002.tar").write_bytes(data)
     ds = CardSet(card, tmp_path, "pretrain", 8, least=0, max_broken=.9)
     said = [
-        next(g["text"] for g in ds[k]["segments"] if g["kind"] == "text") for k in range(len(ds))
+        next(g.text for g in ds[k]["segments"] if g.kind == "text") for k in range(len(ds))
     ]
     assert len(ds) == 1 + 3 + N + N
     assert set(said) == {phrases(s)[0] for s in SCENES}
@@ -346,10 +346,10 @@ def test_boxes_stay_with_their_words(tmp_path):
     row = json.dumps(dict(caption="  a cat sits", ref_exps=[[4, 7, 0, 0, 1, 1, .9]])).encode()
     pack_tar(tmp_path / "a.tar", [("0.png", png(SCENES[0])), ("0.json", row)])
     said = next(
-        g["text"]
+        g.text
         for s in Loader(CARDS["grit"], tmp_path, "pretrain", 8)
         for g in s["segments"]
-        if "cat" in g["text"]
+        if "cat" in g.text
     )
     assert said == "a cat <p0><p0><p223><p223> sits"
 
@@ -484,7 +484,7 @@ def test_rows_without_pictures_are_kept_where_the_card_says_so(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     samples = list(loader := Loader(CARDS["llava-1.5-finetune"], tmp_path, "eval", 8))
     assert [len(s["images"]) for s in samples] == [1, 0] and not loader.skipped
-    assert [(g["kind"], g["supervised"]) for g in samples[1]["segments"]] == [
+    assert [(g.kind, g.supervised) for g in samples[1]["segments"]] == [
         ("text", False),
         ("text", False),
         ("text", True),
@@ -501,7 +501,7 @@ def test_half_of_the_conditions_say_their_task(kind, tmp_path):
             (tmp_path / home / f"{k}.png").write_bytes(png(SCENES[k]))
     (tmp_path / "json_files" / "rows.json").write_text(json.dumps(rows))
     said = Counter(
-        s["segments"][1]["text"]
+        s["segments"][1].text
         for seed in range(20)
         for s in Loader(CARDS["multigen-20m"], tmp_path, "instruct-condition", 8, seed)
     )
@@ -556,7 +556,7 @@ sets = {
 said = []
 for p in range(begin + rank, end, world):
     name, k = draw([p], {"laion-2b": 3, "laion-aesthetics": 1})[0]
-    said.append(next(g["text"] for g in sets[name][k]["segments"] if g["kind"] == "text"))
+    said.append(next(g.text for g in sets[name][k]["segments"] if g.kind == "text"))
 json.dump(said, open(f"{out}/{begin}_{rank}.json", "w"))
 dist.barrier()
 dist.destroy_process_group()

@@ -32,15 +32,15 @@ def written_out(segments, tokenizer):
     bos, eos, boi, eoi = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "[IMG]", "[/IMG]"])
     out = [(bos, False)]
     for k, s in enumerate(segments):
-        learnt = s["supervised"]
-        if s["kind"] == "image":
-            tokens = [boi, *((s["image"], n) for n in range(341)), eoi]
+        learnt = s.supervised
+        if s.kind == "image":
+            tokens = [boi, *((s.image, n) for n in range(341)), eoi]
         else:
-            tokens = tokenizer(s["text"], add_special_tokens=False)["input_ids"]
-            turn_ends = learnt and k + 1 < len(segments) and not segments[k + 1]["supervised"]
+            tokens = tokenizer(s.text, add_special_tokens=False)["input_ids"]
+            turn_ends = learnt and k + 1 < len(segments) and not segments[k + 1].supervised
             if turn_ends: tokens = tokens + [eos]
         out += [(t, learnt) for t in tokens]
-    return out + [(eos, segments[-1]["supervised"])]
+    return out + [(eos, segments[-1].supervised)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_sequence_mask_and_loss_are_the_papers(family, tokenizer):
         prepared = task.gather([position])[0][0]
         own = samples[sets[family].index(prepared)]["segments"]
         wanted = written_out(own, tokenizer)
-        numbers = {o["image"]: p["image"] for o, p in zip(own, prepared) if o["kind"] == "image"}
+        numbers = {o.image: p.image for o, p in zip(own, prepared) if o.kind == "image"}
         images = {k: normalised_grids(store.f0[n], stats) for k, n in numbers.items()}
         b = task.batch([position], 0)
         check_batch(b, wanted, images)

@@ -117,7 +117,7 @@ elif kind == "mixed":  # steps in which one process has pictures only and the ot
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root + "/tokenizer")
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 16)), tokenizer, encoder, stats)
     words = ("a red circle", "a cross at the top", "nothing but words", "b")
-    sets["words"] = [[text(t, True)] for t in words]
+    sets["words"] = [[text_segment(t, True)] for t in words]
     model = build_mllm(preset, tokenizer, stats)
     task = MLLMTask(preset, model, tokenizer, sets, dict(t2i=1, words=1), store)
     kinds = [mixture_ids([2 * k, 2 * k + 1], task.shares) for k in range(8)]

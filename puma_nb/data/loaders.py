@@ -212,7 +212,7 @@ def _changed(fields, rng):
     if fields.get("kind") in ASK and rng.random() < .5:
         ask = f"{ASK[fields['kind']]}. "
     words = ask + (fields.get("instruction") or fields["caption"])
-    return [image(0, False), text(words, False), image(1, True)]
+    return [image_segment(0, False), text_segment(words, False), image_segment(1, True)]
 
 def _listed(v):
     "A list as it is, anything else as a list of one."
@@ -220,28 +220,28 @@ def _listed(v):
 
 def _conversation(fields, stage):
     "Questions and answers, with the system's words where the stage has them."
-    out = [text(SYSTEM, False)] if stage.endswith("understand") or stage == "eval" else []
-    if "image" in fields: out.append(image(0, False))
+    out = [text_segment(SYSTEM, False)] if stage.endswith("understand") or stage == "eval" else []
+    if "image" in fields: out.append(image_segment(0, False))
     for question, answer in zip(_listed(fields["question"]), _listed(fields["answer"])):
-        out += [text(str(question), False), text(str(answer), True)]
+        out += [text_segment(str(question), False), text_segment(str(answer), True)]
     return out
 
 # %% ../../nbs/00h_loaders.ipynb #371e6927
 def _captioned(fields, stage, rng):
     "A picture with its caption; in pretraining half of them are asked for the caption (A.2.2)."
     words = fields.get("caption", "")
-    if stage == "decoders" or not words: return [image(0, True)]
+    if stage == "decoders" or not words: return [image_segment(0, True)]
     if stage != "pretrain" or rng.random() < .5:
-        return [text(words, False), image(0, True)]
-    ask = [text(GROUND, False)] if boxes_in(words) else []
-    return [image(0, False)] + ask + [text(words, True)]
+        return [text_segment(words, False), image_segment(0, True)]
+    ask = [text_segment(GROUND, False)] if boxes_in(words) else []
+    return [image_segment(0, False)] + ask + [text_segment(words, True)]
 
 def arrange(fields, stage: str, rng): # Segments; pictures are numbered as in `PICTURES`
     "Segments of a sample from the fields of a row."
     if "target" in fields: return _changed(fields, rng)
     if "answer" in fields and "question" in fields:
         return _conversation(fields, stage)
-    if "image" not in fields: return [text(fields["caption"], True)]
+    if "image" not in fields: return [text_segment(fields["caption"], True)]
     return _captioned(fields, stage, rng)
 
 # %% ../../nbs/00h_loaders.ipynb #87d614cc
@@ -384,7 +384,7 @@ def _pictures(loader: Loader, fields, rng): # field -> picture
 # %% ../../nbs/00h_loaders.ipynb #6f653bde
 def mark_of(sample): # A fingerprint
     "What makes two samples the same: their words and their pixels."
-    words = repr(sorted(g["text"] for g in sample["segments"])).encode()
+    words = repr(sorted(g.text for g in sample["segments"])).encode()
     pixels = b"".join(t.numpy().tobytes() for t in sample["images"])
     return hashlib.sha256(words + pixels).hexdigest()
 
@@ -402,12 +402,12 @@ def _usable(loader: Loader, row, rng):
     fields = _fields(loader, row)
     images = _crop(loader, _pictures(loader, fields, rng), fields, rng)
     segments = arrange(fields, loader.stage, rng)
-    if any(g["kind"] == "text" and not g["text"].strip() for g in segments):
+    if any(g.kind == "text" and not g.text.strip() for g in segments):
         raise Skip("empty text")
     last = segments[-1]
-    family = FAMILIES.get(loader.stage, "t2i" if last["kind"] == "image" else "understand")
+    family = FAMILIES.get(loader.stage, "t2i" if last.kind == "image" else "understand")
     out = dict(family=family, skill=loader.card.name, images=images, segments=segments,
-               scene="", answer=last["text"])
+               scene="", answer=last.text)
     if loader.seen is not None: _skip_seen(loader, out)
     return out
 

@@ -104,7 +104,7 @@ def question_score(
     for k in range(0, n, batch):
         part = rows[k:k + batch]
         images = torch.stack([s["images"][0] for s in part])
-        replies += puma.ask(images, [s["segments"][2]["text"] for s in part])
+        replies += puma.ask(images, [s["segments"][2].text for s in part])
     true = [s["answer"] for s in rows]
     accuracy = float(np.mean([r.strip().lower() == t for r, t in zip(replies, true)]))
     return dict(accuracy=accuracy, chance=max(true.count(t) for t in set(true)) / n, n=n)

@@ -189,7 +189,7 @@ def written_grids(puma: Puma, scenes, stop=0, fast=False, consistent=None): # {s
     "Raw features that the language model writes for full captions."
     paint = generate_at_once if fast else generate_image
     def written(some):
-        b = puma.prompts([[text(caption(s), False)] for s in some])
+        b = puma.prompts([[text_segment(caption(s), False)] for s in some])
         grids = paint(puma.model, b, stop, consistent=consistent)
         return {i: g.cpu() for i, g in grids.items()}
     parts = in_batches(written, scenes, name="writing")
@@ -304,7 +304,7 @@ def question_rows(puma: Puma, split: str, n: int, seed: int): # One row a kind
     rows, most = [], puma.preset.world.max_objects
     for kind in ("yesno", "what"):
         samples = world_samples("question", n, split, seed, most, kinds=(kind,))
-        questions = [s["segments"][2]["text"] for s in samples]
+        questions = [s["segments"][2].text for s in samples]
         rows.append(asked_row(puma, f"vqa_{kind}", samples, questions))
     signs = world_samples("read", 4 * n + 20, split, seed)
     for kind in ("digit", "word"):

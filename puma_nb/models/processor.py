@@ -6,6 +6,7 @@
 __all__ = ['PumaProcessor', 'build_processor', 'encode_batch', 'save_mllm', 'load_mllm', 'from_llama']
 
 # %% ../../nbs/03d_processor.ipynb #a2a92d9f
+from dataclasses import replace
 from pathlib import Path
 import torch
 from transformers import (
@@ -22,26 +23,29 @@ from ..presets import *
 # %% ../../nbs/03d_processor.ipynb #87cfb42a
 def _check_sample(sample, n): # n: its images
     "A sample needs words in its texts, and each image that it names."
-    segments = sample["segments"] or ()
-    empty = any(g["kind"] == "text" and not g["text"].strip() for g in segments)
+    segments = sample["segments"]
+    empty = any(g.kind == "text" and not g.text.strip() for g in segments)
     if not segments or empty:
         raise UserError("a sample without segments, or with an empty text")
-    named = [g["image"] for g in segments if g["kind"] == "image"]
+    named = [g.image for g in segments if g.kind == "image"]
     if all(0 <= k < n for k in named): return
     raise UserError(f"a segment names an image that its sample does not have ({n} images)")
 
 def _moved_on(segment, n):
     "The segment, if n images of other samples stand before those of its own."
-    if segment["kind"] != "image": return segment
-    return {**segment, "image": segment["image"] + n}
+    if segment.kind != "image": return segment
+    return replace(segment, image=segment.image + n)
 
 # %% ../../nbs/03d_processor.ipynb #1ebf2400
+def _as_segment(g): return g if isinstance(g, Segment) else Segment(**g)
+
 def _as_samples(samples):
-    "A list of samples from one or several, each of them a sample or a string."
+    "One or several samples, each of them a dictionary or a string; rows of `datasets` will do."
     if isinstance(samples, (str, dict)): samples = [samples]
     out = []
     for s in samples:
-        out.append(dict(segments=[text(s, False)]) if isinstance(s, str) else s)
+        if isinstance(s, str): s = dict(segments=[text_segment(s, False)])
+        out.append({**s, "segments": [_as_segment(g) for g in s["segments"] or ()]})
     return out
 
 # %% ../../nbs/03d_processor.ipynb #ba506284

@@ -72,19 +72,19 @@ def build_sequence(
     s = Sequence()
     s.add([tokenizer.bos_token_id], False)
     for k, g in enumerate(segments):
-        learn = g["supervised"]
-        if g["kind"] == "text":
-            ids = g.get("ids") or to_ids(tokenizer, g["text"])
+        learn = g.supervised
+        if g.kind == "text":
+            ids = g.ids or to_ids(tokenizer, g.text)
             s.add(ids, learn, words=len(ids))
-            last_of_turn = learn and k + 1 < len(segments) and not segments[k + 1]["supervised"]
+            last_of_turn = learn and k + 1 < len(segments) and not segments[k + 1].supervised
             if last_of_turn: s.add([tokenizer.eos_token_id], True)
         else:
             here = slots(min(first, stop if learn else read), first)
             s.add([boi], learn)
-            s.add([tokenizer.pad_token_id] * len(here), learn, g["image"], here)
+            s.add([tokenizer.pad_token_id] * len(here), learn, g.image, here)
             s.add([eoi], learn)
     if close:
-        s.add([tokenizer.eos_token_id], bool(segments) and segments[-1]["supervised"])
+        s.add([tokenizer.eos_token_id], bool(segments) and segments[-1].supervised)
     return s
 
 # %% ../../nbs/02d_sequence.ipynb #19cc9717

@@ -6,6 +6,7 @@
 __all__ = ['thin_out', 'MLLMTask', 'stop_of', 'choose_samples', 'gather_segments', 'noisy_inputs', 'training_batch', 'disturb_words', 'beyond_the_paper', 'prepare_samples', 'teacher_forced', 'dashboard', 'plot_dashboard', 'held_out', 'watch_training']
 
 # %% ../../nbs/03b_training.ipynb #3f23fe89
+from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -189,9 +190,9 @@ def prepare_samples(
         return index[key]
 
     def prepared(g, own): # a segment with ids, or with its image's number
-        if g["kind"] == "text":
-            return {**g, "ids": to_ids(tokenizer, g["text"])}
-        return {**g, "image": number(own[g["image"]])}
+        if g.kind == "text":
+            return replace(g, ids=to_ids(tokenizer, g.text))
+        return replace(g, image=number(own[g.image]))
 
     sets = {}
     for name, rows in samples.items():
@@ -203,7 +204,7 @@ def prepare_samples(
 def teacher_forced(model, tokenizer, captions, store: FeatureStore, stop: int): # {"f4": error, ...}
     "Mean errors when each prediction builds on true features."
     first = model.config.first_scale
-    pairs = [[text(c, False), image(k, True)] for k, c in enumerate(captions)]
+    pairs = [[text_segment(c, False), image_segment(k, True)] for k, c in enumerate(captions)]
     rows = [build_sequence(p, tokenizer, stop, first=first) for p in pairs]
     b = collate(rows, store, tokenizer.pad_token_id)
     if model.config.head != "regression":
@@ -223,7 +224,7 @@ def dashboard(
     "Errors of written features (the mean would score 1), and the variance of what was written."
     store, true = FeatureStore(f0, model.stats), pyramid(f0.float())
     teacher = teacher_forced(model, tokenizer, captions, store, stop)
-    prompts = [[text(c, False)] for c in captions]
+    prompts = [[text_segment(c, False)] for c in captions]
     b = prompt_batch(prompts, tokenizer, store, 4, image=True, first=model.config.first_scale)
     out = dict(scale=[], teacher=[], free=[], variance=[])
     for i, grid in sorted(generate_image(model, b, stop).items(), reverse=True):

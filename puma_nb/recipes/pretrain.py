@@ -45,7 +45,7 @@ class PretrainTask(MLLMTask):
     decoders, shots, held = None, None, None  # held: (captions, features) of validation scenes
 
     def said(self, model, n=4): # what it says of the first validation pictures
-        asked = [[image(k, False)] for k in range(n)]
+        asked = [[image_segment(k, False)] for k in range(n)]
         store = FeatureStore(self.held[1][:n], model.stats)
         scale = self.preset.mllm.source_scale
         b = prompt_batch(asked, self.tokenizer, store, scale, image=False)
@@ -53,7 +53,7 @@ class PretrainTask(MLLMTask):
 
     def sample(self, model, step, folder):
         if self.decoders is None: return
-        asked = [[text(p, False)] for p in PROMPTS]
+        asked = [[text_segment(p, False)] for p in PROMPTS]
         scale = self.preset.mllm.source_scale
         b = prompt_batch(asked, self.tokenizer, self.store, scale, image=True)
         features = generate_image(model.eval(), b, 2)[2]
@@ -74,7 +74,7 @@ class PretrainTask(MLLMTask):
 # %% ../../nbs/04a_real_data.ipynb #fd53cad9
 import json, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 import numpy as np
@@ -179,8 +179,8 @@ class CardTask(PretrainTask):
         return torch.zeros(1, TOKENS[0], self.model.config.feature_size)
 
     def _numbered(self, g, begin): # a segment's words as ids, its image by its place in the batch
-        if g["kind"] != "text": return {**g, "image": g["image"] + begin}
-        return {**g, "ids": to_ids(self.tokenizer, g["text"])[:MAX_TEXT]}
+        if g.kind != "text": return replace(g, image=g.image + begin)
+        return replace(g, ids=to_ids(self.tokenizer, g.text)[:MAX_TEXT])
 
     def reads(self): # a list: the order of the sets counts, too
         return [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'caption_score', 't2i_score', 'ground_score', 'read_score', 'question_score', 'edit_score', 'share_interval',
-           'entry', 'scene_row', 'scenes_right', 'natural', 'asked_scenes', 'score_files']
+           'entry', 'scene_row', 'scenes_right', 'asked_scenes', 'natural', 'score_files']
 
 # %% ../../nbs/03h_scores.ipynb #cf0893c1
 import re
@@ -30,7 +30,7 @@ def caption_score(puma: Puma, images, scenes, batch: int = 100): # The world's s
     written = []
     for k in range(0, len(images), batch):
         written += puma.caption(images[k:k + batch])
-    return score_scenes(scenes, [parse_caption(c) for c in written])
+    return score_scenes(scenes, list(map(parse_caption, written)))
 
 # %% ../../nbs/03h_scores.ipynb #4a88da88
 def t2i_score(
@@ -43,14 +43,15 @@ def t2i_score(
     "Images for full captions, read by the oracle and scored."
     found = {i: [] for i in scales}
     for k in range(0, len(scenes), batch):
-        prompts = [caption(s) for s in scenes[k:k + batch]]
-        seeds = [seed + k + j for j in range(len(prompts))]
+        prompts = list(map(caption, scenes[k:k + batch]))
+        seeds = list(range(seed + k, seed + k + len(prompts)))
         for i, x in puma.generate(prompts, scales, seeds).items():
-            found[i] += [read_scene(p) for p in x]
+            found[i] += list(map(read_scene, x))
     return {i: score_scenes(scenes, f) for i, f in found.items()}
 
 # %% ../../nbs/03h_scores.ipynb #fedf21b8
 def _overlaps(found, true): # one for each true box, with its match; 0 for those without
+    "Overlaps of boxes, matched so that they are as large as possible."
     iou = box_iou(torch.tensor(found).reshape(-1, 4), torch.tensor(true)).numpy()
     rows, cols = linear_sum_assignment(-iou)
     return iou[rows, cols].tolist() + [0.] * (len(true) - len(rows))
@@ -62,13 +63,24 @@ def ground_score(puma: Puma, images, scenes, batch: int = 100): # {"iou", "misse
         answers = puma.ground(images[k:k + batch])
         for t, s in zip(answers, scenes[k:k + batch]):
             found = boxes_in(t)
-            true = [box(x) for x in s.things]
+            true = list(map(box, s.things))
             overlap += _overlaps(found, true)
             right.append(len(found) == len(true))
     return dict(
         iou=float(np.mean(overlap)),                    # mean overlap; a missing box counts 0
         missed=float(np.mean(np.array(overlap) < .1)),  # share of overlaps below a tenth
         boxes=float(np.mean(right)))                    # share of scenes with the right number
+
+# %% ../../nbs/03h_scores.ipynb #6244f019
+def _first_images(samples): # N x 3 x H x W
+    "The first image of each sample."
+    return torch.stack([s["images"][0] for s in samples])
+
+def _answer_score(said, true): # Lists of texts -> {"accuracy", "chance", "n"}
+    "The share of right answers, and what the most frequent answer would score."
+    right = [a == t for a, t in zip(said, true)]
+    chance = max(map(true.count, set(true))) / len(true)
+    return dict(accuracy=float(np.mean(right)), chance=chance, n=len(true))
 
 # %% ../../nbs/03h_scores.ipynb #34bd5839
 def read_score(
@@ -79,15 +91,13 @@ def read_score(
 ): # {"accuracy", "chance", "n"}
     "Signs of validation that are read rightly."
     signs = world_samples("read", 4 * n + 20, "val", seed)
-    rows = [s for s in signs if s["answer"].isdigit() == (kind == "digit")][:n]
+    digits = kind == "digit"
+    rows = [s for s in signs if s["answer"].isdigit() == digits][:n]
     said = []
     for k in range(0, n, 100):
-        images = torch.stack([s["images"][0] for s in rows[k:k + 100]])
+        images = _first_images(rows[k:k + 100])
         said += puma.ask(images, f"what {kind} is written?")
-    true = [s["answer"] for s in rows]
-    accuracy = float(np.mean([a == t for a, t in zip(said, true)]))
-    chance = max(true.count(t) for t in set(true)) / len(true)
-    return dict(accuracy=accuracy, chance=chance, n=len(rows))
+    return _answer_score(said, [s["answer"] for s in rows])
 
 # %% ../../nbs/03h_scores.ipynb #09b482e0
 def question_score(
@@ -100,22 +110,23 @@ def question_score(
 ): # {"accuracy", "chance", "n"}
     "Share of right answers, and what the most frequent answer would score."
     rows = world_samples("question", n, split, seed, puma.preset.world.max_objects, kinds=(kind,))
-    replies = []
+    said = []
     for k in range(0, n, batch):
         part = rows[k:k + batch]
-        images = torch.stack([s["images"][0] for s in part])
-        replies += puma.ask(images, [s["segments"][2].text for s in part])
-    true = [s["answer"] for s in rows]
-    accuracy = float(np.mean([r.strip().lower() == t for r, t in zip(replies, true)]))
-    return dict(accuracy=accuracy, chance=max(true.count(t) for t in set(true)) / n, n=n)
+        questions = [s["segments"][2].text for s in part]
+        for reply in puma.ask(_first_images(part), questions):
+            said.append(reply.strip().lower())
+    return _answer_score(said, [s["answer"] for s in rows])
 
-# %% ../../nbs/03h_scores.ipynb #7c8c4a36
-def _to_edit(puma, kind, n, split, seed): # samples: of one kind of edit, or gray pictures
+# %% ../../nbs/03h_scores.ipynb #b5fa9270
+def _to_edit(puma, kind, n, split, seed): # samples
+    "Samples of one kind of edit, or gray pictures."
     most = puma.preset.world.max_objects
     if kind == "colorize":
         return world_samples("condition", n, split, seed, most)
     return world_samples("edit", n, split, seed, most, kinds=(kind,))
 
+# %% ../../nbs/03h_scores.ipynb #7c8c4a36
 def edit_score(
     puma: Puma,
     kind: str,      # One of `EDITS`, or "colorize"
@@ -126,17 +137,17 @@ def edit_score(
 ): # The world's score, and that of the untouched source
     "Edited (or colourised) pictures, read by the oracle. `copy`: what the source would score."
     rows = _to_edit(puma, kind, n, split, seed)
-    sources = torch.stack([s["images"][0] for s in rows])
+    sources = _first_images(rows)
     asked = [scene_from_json(s["scene"]) for s in rows]
     seeds = list(range(n))
     if kind == "colorize":
-        out = puma.condition(sources, [caption(s) for s in asked], (scale,), seeds)[scale]
+        out = puma.condition(sources, list(map(caption, asked)), (scale,), seeds)[scale]
     else:
         out = puma.edit(sources, [s["answer"] for s in rows], (scale,), seeds)[scale]
-    copy = score_scenes(asked, [read_scene(x) for x in sources])["attributes"]
-    return dict(score_scenes(asked, [read_scene(x) for x in out]), copy=copy)
+    copy = score_scenes(asked, list(map(read_scene, sources)))["attributes"]
+    return dict(score_scenes(asked, list(map(read_scene, out))), copy=copy)
 
-# %% ../../nbs/03h_scores.ipynb #4af28104
+# %% ../../nbs/03h_scores.ipynb #873a431d
 SPLITS = ("test", "val")
 
 def share_interval(right, asked=None, rounds: int = 2000): # N, N -> (share, low, high)
@@ -158,48 +169,86 @@ def entry(**shares): # name=(share, low, high) -> the columns of a row
             columns[name + end] = round(float(v), 4)
     return columns
 
+# %% ../../nbs/03h_scores.ipynb #cb959e56
+def _scene_scores(asked, found): # List of dicts
+    "Each scene that was found, compared with the one that was asked for."
+    return [score_scene(a, f) for a, f in zip(asked, found, strict=True)]
+
+def _column(scores, name): # N values
+    "One value of each score."
+    return np.array([r[name] for r in scores])
+
 def scene_row(asked, found): # Lists of scenes -> columns of a row
     "The world's score with intervals."
-    rows = [score_scene(a, f) for a, f in zip(asked, found, strict=True)]
-    n = np.array([r["n"] for r in rows])
-    right = {k: np.array([r[k] for r in rows]) for k in ATTRIBUTES}
-    shares = {k: share_interval(v, n) for k, v in right.items()}
-    shares["attributes"] = share_interval(sum(right.values()), 3 * n)
-    shares["ground"] = share_interval([r["ground"] for r in rows])
-    return dict(n=len(rows), **entry(scenes=share_interval([r["scene"] for r in rows]), **shares))
+    scores = _scene_scores(asked, found)
+    n = _column(scores, "n")
+    shares = dict(scenes=share_interval(_column(scores, "scene")))
+    total = 0
+    for k in ATTRIBUTES:
+        right = _column(scores, k)
+        shares[k] = share_interval(right, n)
+        total = total + right
+    shares["attributes"] = share_interval(total, 3 * n)
+    shares["ground"] = share_interval(_column(scores, "ground"))
+    return dict(n=len(scores), **entry(**shares))
 
+# %% ../../nbs/03h_scores.ipynb #4af28104
 def scenes_right(asked, found): # N of 0 and 1
     "Which scenes are entirely right."
-    return np.array([score_scene(a, f)["scene"] for a, f in zip(asked, found, strict=True)])
+    return _column(_scene_scores(asked, found), "scene")
 
-# %% ../../nbs/03h_scores.ipynb #e00279e6
-def natural(path): # A key for sorting
-    "f2_2 comes before f2_10."
-    return [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", path.name)]
-
-def asked_scenes(prompts): # List of scenes
-    "Full captions of a text file, one a line, as scenes."
+# %% ../../nbs/03h_scores.ipynb #d2369095
+def _prompt_lines(prompts): # List of texts
+    "The lines of a text file that are not blank."
     if not Path(prompts).is_file(): raise UserError(f"{prompts}: no such file")
     with reading(prompts, "text"):
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
-    scenes = [parse_caption(line) for line in lines]
+        text = Path(prompts).read_text(encoding="utf-8")
+    lines = []
+    for line in text.splitlines():
+        if line.strip(): lines.append(line.strip())
+    return lines
+
+def _is_whole(scene, line): # True or False
+    "Whether a prompt was understood to its end."
+    named = line.count(" at the ")
+    return scene.ground in GROUNDS and named > 0 and len(scene.things) == named
+
+# %% ../../nbs/03h_scores.ipynb #78d698ba
+def asked_scenes(prompts): # List of scenes
+    "Full captions of a text file, one a line, as scenes."
+    lines = _prompt_lines(prompts)
+    scenes = list(map(parse_caption, lines))
     for line, s in zip(lines, scenes):
-        whole = s.ground in GROUNDS and s.things and len(s.things) == line.count(" at the ")
-        if whole: continue
+        if _is_whole(s, line): continue
         example = caption(sample_scene(0, 0))
         raise UserError(f"cannot read the prompt {line!r}; write it like: {example}")
     return scenes
 
+# %% ../../nbs/03h_scores.ipynb #f7c7e6e4
+def natural(path): # A key for sorting
+    "f2_2 comes before f2_10."
+    key = []
+    for w in re.split(r"(\d+)", path.name):
+        if w.isdigit(): w = int(w)
+        key.append(w)
+    return key
+
+def _files_to_score(folder): # List of paths
+    "The images of a folder; an error if there are none."
+    files = []
+    if folder.is_dir():
+        files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not files: raise UserError(f"{folder}: no images there")
+    return files
+
+# %% ../../nbs/03h_scores.ipynb #e00279e6
 def score_files(
     folder,  # Images, in the order of their names
     prompts  # A text file, one full caption a line
 ): # dict as `puma-nb eval --json` writes it
     "The oracle's score of image files."
-    folder, files = Path(folder), []
-    if folder.is_dir():
-        files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    if not files: raise UserError(f"{folder}: no images there")
+    folder = Path(folder)
+    files = _files_to_score(folder)
     asked = asked_scenes(prompts)
     if len(asked) != len(files):
         counts = f"{len(files)} images but {len(asked)} prompts"

@@ -33,12 +33,14 @@ from ..world.language import *
 from ..world.oracle import *
 from ..world.samples import *
 
-# %% ../../nbs/06_eval.ipynb #1416ebba
+# %% ../../nbs/06_eval.ipynb #430f6ca5
 def paper_rows(heads: str, *rows): # List of dicts
     "Rows of a table of the paper, under the heads of its columns."
     return [dict(zip(heads.split(), row, strict=True)) for row in rows]
 
 PAPER = {} # read off the tables of the paper
+
+# %% ../../nbs/06_eval.ipynb #a562f6ed
 PAPER["1"] = paper_rows(
     "model scale tokens psnr_r lpips_r psnr_d lpips_d",
     ("SEED-LLaMA", "", 32, 9.73, .6756, 10.45, .6189),
@@ -50,6 +52,8 @@ PAPER["1"] = paper_rows(
     ("PUMA", "f1", 64, 13.26, .4325, 14.12, .3631),
     ("PUMA", "f0", 256, 18.16, .2215, 19.36, .1559),
 )
+
+# %% ../../nbs/06_eval.ipynb #1416ebba
 PAPER["6"] = paper_rows(
     "model scale tokens clip_i clip_t",
     ("PUMA", "f4", 1, .699, .295),
@@ -60,23 +64,49 @@ PAPER["6"] = paper_rows(
     ("PUMA", "max", 341, .736, .317),
 )
 
-# %% ../../nbs/06_eval.ipynb #dc394131
+# %% ../../nbs/06_eval.ipynb #309b5d42
 def _rounded(metrics): # {metric: tensor} -> {metric: mean}
+    "Means with four digits."
     return {k: round(float(v.mean()), 4) for k, v in metrics.items()}
 
 def _flat(table, tokens): # {scale: {metric: tensor}}, and the tokens of a scale -> rows
-    scales = sorted(table, reverse=True)
-    ours = dict(model="ours")
-    return [dict(ours, scale=f"f{i}", tokens=tokens(i), **_rounded(table[i])) for i in scales]
+    "One row a scale, coarse to fine."
+    rows = []
+    for i in sorted(table, reverse=True):
+        rows.append(dict(model="ours", scale=f"f{i}", tokens=tokens(i), **_rounded(table[i])))
+    return rows
 
 def neighbours(raw, metrics=("psnr_r", "lpips_r", "lpips_d")): # {"f0 - f1": {metric: interval}}
     "Paired differences between each scale and the next coarser one."
     out = {}
     for i in SCALES[:-1]:
-        pairs = {k: paired_bootstrap(raw[i][k], raw[i + 1][k]) for k in metrics}
-        out[f"f{i} - f{i + 1}"] = {k: [round(v, 4) for v in d] for k, d in pairs.items()}
+        pair = {}
+        for k in metrics:
+            interval = paired_bootstrap(raw[i][k], raw[i + 1][k])
+            pair[k] = [round(v, 4) for v in interval]
+        out[f"f{i} - f{i + 1}"] = pair
     return out
 
+# %% ../../nbs/06_eval.ipynb #dceda666
+def _table_1_images(preset, n, seed, source, resize): # (N x 3 x H x W, {reason: number left out})
+    "Pictures of a source, or the world's validation scenes."
+    if source:
+        return image_set(source, preset.autoencoder.image_size, resize, n=n, seed=seed)
+    return world_images(preset, "val", n, seed)[0], {}
+
+def _table_1_protocol(puma, x, source, left_out, resize, trunk): # {name: value}
+    "What one must know to compare these numbers with others."
+    d = puma.preset.decoder
+    latents = puma.decoders.latents
+    floor = latents.decode(latents.encode(x)).cpu()
+    if not source: resize = "none"
+    return dict(
+        images=str(source or "world, validation split"), left_out=left_out or "none",
+        side=puma.side, resize=resize, lpips=lpips_net(trunk)[1],
+        steps=d.sampling_steps, sampler=d.sampler, guidance=d.guidance, seeds="2 an image",
+        autoencoder_psnr=round(float(psnr(floor, x.float() / 255).mean()), 2))
+
+# %% ../../nbs/06_eval.ipynb #dc394131
 def table_1(
     puma: Puma, n: int = 200, seed: int = 0,
     source=None,           # Pictures: see `image_files`; None takes the world's validation scenes
@@ -84,21 +114,14 @@ def table_1(
     trunk: str = "random"   # Of LPIPS; "alexnet" is the paper's, and is downloaded
 ): # dict as `puma-nb eval --json` writes it
     "Reconstruction and diversity for each scale, with bootstrap intervals between neighbours."
-    side, d = puma.preset.autoencoder.image_size, puma.preset.decoder
-    if source: x, left_out = image_set(source, side, resize, n=n, seed=seed)
-    else: x, left_out = world_images(puma.preset, "val", n, seed)[0], {}
+    x, left_out = _table_1_images(puma.preset, n, seed, source, resize)
     raw = fidelity_diversity(puma.decoders, x, trunk=trunk)
-    floor = puma.decoders.latents.decode(puma.decoders.latents.encode(x)).cpu()
-    protocol = dict(
-        images=str(source or "world, validation split"), left_out=left_out or "none",
-        side=puma.side, resize=resize if source else "none", lpips=lpips_net(trunk)[1],
-        steps=d.sampling_steps, sampler=d.sampler, guidance=d.guidance, seeds="2 an image",
-        autoencoder_psnr=round(float(psnr(floor, x.float() / 255).mean()), 2))
+    protocol = _table_1_protocol(puma, x, source, left_out, resize, trunk)
     rows = _flat(raw, lambda i: TOKENS[i])
     return dict(table="1", preset=puma.preset.name, n=len(x), protocol=protocol, rows=rows,
                 intervals=neighbours(raw))
 
-# %% ../../nbs/06_eval.ipynb #9d4f253e
+# %% ../../nbs/06_eval.ipynb #5fdb3b72
 DIGITS = dict(psnr=2, lpips=4)  # as many as the paper gives; 3 else
 
 def cell_text(key, value):
@@ -106,30 +129,71 @@ def cell_text(key, value):
     if value is None: return ""
     if isinstance(value, tuple): return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
     if not isinstance(value, float): return str(value)
-    return f"{value:.{DIGITS.get(key.split('_')[0], 3)}f}"
+    digits = DIGITS.get(key.split("_")[0], 3)
+    return f"{value:.{digits}f}"
 
 def folded(row): # {name: value, or (value, low, high)}
     "A row with the ends of its intervals beside their values."
-    ends = [k for k in row if k.endswith(("_low", "_high"))]
-    out = {k: v for k, v in row.items() if k not in ends}
-    for k in out:
-        if f"{k}_low" in row: out[k] = row[k], row[f"{k}_low"], row[f"{k}_high"]
+    out = {}
+    for k, value in row.items():
+        if k.endswith(("_low", "_high")): continue
+        if f"{k}_low" in row:
+            value = value, row[f"{k}_low"], row[f"{k}_high"]
+        out[k] = value
     return out
 
+# %% ../../nbs/06_eval.ipynb #2a21e89b
+def _beside_paper(result): # List of folded rows
+    "Our rows, then the paper's."
+    rows = [folded(r) for r in result["rows"]]
+    for r in PAPER.get(result["table"], []):
+        rows.append(folded(dict(r, model=f"paper: {r['model']}")))
+    return rows
+
+def _column(key, rows): # List of texts
+    "A column under its head, all texts equally wide."
+    cells = [key] + [cell_text(key, r.get(key)) for r in rows]
+    width = max(map(len, cells))
+    return [c.ljust(width) for c in cells]
+
+def _differences(metrics): # {metric: (difference, low, high)} -> text
+    "Paired differences with their intervals."
+    told = []
+    for k, (v, low, high) in metrics.items():
+        told.append(f"{k} {v:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return ", ".join(told)
+
+# %% ../../nbs/06_eval.ipynb #9d4f253e
 def show_table(result): # A result of `table_1`, `table_6` or `table_world`
     "A table as text: ours first, then the paper's rows; its protocol; paired differences."
-    paper = [dict(r, model=f"paper: {r['model']}") for r in PAPER.get(result["table"], [])]
-    rows = [folded(r) for r in result["rows"] + paper]
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    cells = [[k] + [cell_text(k, r.get(k)) for r in rows] for k in keys]
-    columns = [[c.ljust(max(map(len, column))) for c in column] for column in cells]
+    rows = _beside_paper(result)
+    keys = {}  # each once, in the order in which the rows name them
+    for r in rows:
+        keys.update(dict.fromkeys(r))
+    columns = [_column(k, rows) for k in keys]
+    protocol = [f"{k} {v}" for k, v in result["protocol"].items()]
     lines = [f"Table {result['table']} · preset {result['preset']} · n = {result['n']}"]
-    lines += ["  ".join(line).rstrip() for line in zip(*columns)]
-    lines += ["protocol: " + ", ".join(f"{k} {v}" for k, v in result["protocol"].items())]
+    for line in zip(*columns):
+        lines.append("  ".join(line).rstrip())
+    lines.append("protocol: " + ", ".join(protocol))
     for pair, metrics in result.get("intervals", {}).items():
-        told = [f"{k} {v:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (v, low, high) in metrics.items()]
-        lines.append(f"{pair}: " + ", ".join(told))
+        lines.append(f"{pair}: {_differences(metrics)}")
     return "\n".join(lines)
+
+# %% ../../nbs/06_eval.ipynb #f4878851
+def _see(clip, x): # N x 3 x H x W -> N unit vectors
+    "Images in CLIP's space."
+    x = preprocess(x, clip.config.vision_config.image_size)
+    seen = clip.vision_model(pixel_values=x).pooler_output
+    return F.normalize(clip.visual_projection(seen), dim=-1)
+
+def _understand(clip, tokenizer, captions): # N unit vectors
+    "Captions in CLIP's space."
+    texts = ["<s>" + c.lower() + "</s>" for c in captions]
+    t = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt",
+                  add_special_tokens=False)
+    said = clip.text_model(input_ids=t["input_ids"], attention_mask=t["attention_mask"])
+    return F.normalize(clip.text_projection(said.pooler_output), dim=-1)
 
 # %% ../../nbs/06_eval.ipynb #04583d33
 @torch.no_grad()
@@ -137,29 +201,37 @@ def clip_scores(model_dir, tokenizer, images, captions, truth=None): # (N CLIP-T
     "Cosines in the space of the system's own CLIP."
     with quietly():
         clip = CLIPModel.from_pretrained(Path(model_dir) / "clip", dtype=torch.float32)
-    clip, side = clip.eval(), clip.config.vision_config.image_size
+    clip = clip.eval()
+    words = _understand(clip, tokenizer, captions)
+    seen = _see(clip, images)
+    clip_t = (seen * words).sum(-1)
+    if truth is None: return clip_t, None
+    return clip_t, (seen * _see(clip, truth)).sum(-1)
 
-    def see(x):
-        seen = clip.vision_model(pixel_values=preprocess(x, side)).pooler_output
-        return F.normalize(clip.visual_projection(seen), dim=-1)
+# %% ../../nbs/06_eval.ipynb #a30bb38b
+def _joined(parts, scales): # List of {scale: tensor} -> {scale: tensor}
+    "Batches put together again."
+    joined = {}
+    for i in scales:
+        joined[i] = torch.cat([p[i] for p in parts])
+    return joined
 
-    texts = ["<s>" + c.lower() + "</s>" for c in captions]
-    t = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt",
-                  add_special_tokens=False)
-    said = clip.text_model(input_ids=t["input_ids"], attention_mask=t["attention_mask"])
-    words = F.normalize(clip.text_projection(said.pooler_output), dim=-1)
-    seen = see(images)
-    return (seen * words).sum(-1), (seen * see(truth)).sum(-1) if truth is not None else None
-
-# %% ../../nbs/06_eval.ipynb #6dd8ae3f
 def painted_captions(puma: Puma, captions, scales, batch: int = 100): # {scale: N x 3 x H x W}
     "Pictures for captions, each with its number as seed."
     parts = []
     for k in range(0, len(captions), batch):
         some = captions[k:k + batch]
         parts.append(puma.generate(some, scales, list(range(k, k + len(some)))))
-    return {i: torch.cat([p[i] for p in parts]) for i in scales}
+    return _joined(parts, scales)
 
+def _best_of(scores): # {scale: {metric: N}} -> {metric: N}
+    "The best of all scales, for each image and metric."
+    best = {}
+    for k in ("clip_i", "clip_t"):
+        best[k] = torch.stack([m[k] for m in scores.values()]).amax(0)
+    return best
+
+# %% ../../nbs/06_eval.ipynb #6dd8ae3f
 def table_6(puma: Puma, n: int = 200, seed: int = 0, scales=SCALES): # dict, as for `table_1`
     "CLIP-I and CLIP-T of images for captions, for each scale and for the best of them."
     truth, scenes = world_images(puma.preset, "val", n, seed)
@@ -167,10 +239,12 @@ def table_6(puma: Puma, n: int = 200, seed: int = 0, scales=SCALES): # dict, as 
     def scores(x):
         t, i = clip_scores(puma.dir, puma.tokenizer, x, captions, truth)
         return dict(clip_t=t, clip_i=i)
-    both = {i: scores(x) for i, x in painted_captions(puma, captions, scales).items()}
-    best = {k: torch.stack([m[k] for m in both.values()]).amax(0) for k in ("clip_i", "clip_t")}
+    both = {}
+    for i, x in painted_captions(puma, captions, scales).items():
+        both[i] = scores(x)
+    best = _rounded(_best_of(both))
     rows = _flat(both, tokens_until)
-    rows.append(dict(model="ours", scale="max", tokens=tokens_until(min(scales)), **_rounded(best)))
+    rows.append(dict(model="ours", scale="max", tokens=tokens_until(min(scales)), **best))
     rows.append(dict(model="true images", scale="", tokens=0, **_rounded(scores(truth))))
     protocol = dict(
         prompts="world, validation split, full captions", seeds="1 a prompt",
@@ -178,28 +252,36 @@ def table_6(puma: Puma, n: int = 200, seed: int = 0, scales=SCALES): # dict, as 
         guidance=puma.preset.decoder.guidance)
     return dict(table="6", preset=puma.preset.name, n=n, protocol=protocol, rows=rows)
 
-# %% ../../nbs/06_eval.ipynb #9dfcea17
+# %% ../../nbs/06_eval.ipynb #f7074ac9
 def in_batches(f, *lists, batch: int = 100, name: str = None): # List of what f returns
     "Call f on some rows at a time, with a progress bar where there is somebody to look at it."
-    parts = range(0, len(lists[0]), batch)
-    bar = tqdm(parts, desc=name, leave=False, disable=None if name else True)
-    return [f(*(x[k:k + batch] for x in lists)) for k in bar]
+    hidden = True
+    if name: hidden = None  # tqdm then hides it only where there is no terminal
+    results = []
+    bar = tqdm(range(0, len(lists[0]), batch), desc=name, leave=False, disable=hidden)
+    for k in bar:
+        some = [x[k:k + batch] for x in lists]
+        results.append(f(*some))
+    return results
 
+# %% ../../nbs/06_eval.ipynb #340f689d
 def written_grids(puma: Puma, scenes, stop=0, fast=False, consistent=None): # {scale: N x T x C}
     "Raw features that the language model writes for full captions."
-    paint = generate_at_once if fast else generate_image
+    paint = generate_image
+    if fast: paint = generate_at_once
     def written(some):
-        b = puma.prompts([[text_segment(caption(s), False)] for s in some])
-        grids = paint(puma.model, b, stop, consistent=consistent)
+        prompts = [[text_segment(caption(s), False)] for s in some]
+        grids = paint(puma.model, puma.prompts(prompts), stop, consistent=consistent)
         return {i: g.cpu() for i, g in grids.items()}
     parts = in_batches(written, scenes, name="writing")
-    return {i: torch.cat([p[i] for p in parts]) for i in parts[0]}
+    return _joined(parts, parts[0])
 
 def true_grids(puma: Puma, scenes): # {scale: N x T x C}
     "Raw features of the drawings: what a perfect model would write."
     images = torch.stack([draw_scene(s, puma.side) for s in scenes])
     return dict(enumerate(pyramid(encode_images(puma.decoders.encoder, images).float())))
 
+# %% ../../nbs/06_eval.ipynb #9dfcea17
 def decoded_pictures(puma: Puma, grids, scales=SCALES, seed: int = 0): # {scale: N x 3 x H x W}
     "Pictures of features, each with a seed of its own."
     seeds = list(range(seed, seed + len(grids[scales[0]])))
@@ -207,22 +289,33 @@ def decoded_pictures(puma: Puma, grids, scales=SCALES, seed: int = 0): # {scale:
 
 def read_pictures(pictures): # {key: N x 3 x H x W} -> {key: N scenes}
     "What the oracle reads."
-    return {k: [read_scene(x) for x in pictures[k]] for k in pictures}
+    return {k: list(map(read_scene, x)) for k, x in pictures.items()}
 
-# %% ../../nbs/06_eval.ipynb #6aab2d67
+# %% ../../nbs/06_eval.ipynb #b3aad3a3
+def _found_at_chosen(puma, scenes, pictures, found): # N scenes
+    "What the oracle reads at the scale that the system chooses for each caption."
+    some = {i: pictures[i] for i in (2, 3, 4)}
+    chosen = puma.choose_scale(some, list(map(caption, scenes)))
+    return [found[i][k] for k, i in enumerate(chosen)]
+
+def _only_with(n, scenes, found): # (asked, {scale: found})
+    "The scenes of n things, and what was found for them."
+    here = [k for k, s in enumerate(scenes) if len(s.things) == n]
+    some = {}
+    for i, f in found.items():
+        some[i] = [f[k] for k in here]
+    return [scenes[k] for k in here], some
+
+# %% ../../nbs/06_eval.ipynb #44144b7f
 def t2i_ways(puma: Puma, scenes, held, grids, seed: int): # {skill: (asked, {scale: found})}
     "Pictures for captions, as the oracle reads them: of every origin."
     pictures = decoded_pictures(puma, grids, seed=seed)
     found = read_pictures(pictures)
-    some = {i: pictures[i] for i in (2, 3, 4)}
-    chosen = puma.choose_scale(some, [caption(s) for s in scenes])
-    found["auto"] = [found[i][k] for k, i in enumerate(chosen)]
+    found["auto"] = _found_at_chosen(puma, scenes, pictures, found)
     ways = dict(t2i=(scenes, found))
     for name, n in (("t2i_one", 1), ("t2i_two", 2)):
-        here = [k for k, s in enumerate(scenes) if len(s.things) == n]
-        if not here: continue
-        read = {i: [f[k] for k in here] for i, f in found.items()}
-        ways[name] = [scenes[k] for k in here], read
+        asked, some = _only_with(n, scenes, found)
+        if asked: ways[name] = asked, some
     unseen = decoded_pictures(puma, written_grids(puma, held), seed=seed)
     ways["t2i_heldout"] = held, read_pictures(unseen)
     best = decoded_pictures(puma, true_grids(puma, scenes), seed=seed)
@@ -232,23 +325,30 @@ def t2i_ways(puma: Puma, scenes, held, grids, seed: int): # {skill: (asked, {sca
         ways["t2i_fast"] = scenes, read_pictures(at_once)
     return ways
 
+# %% ../../nbs/06_eval.ipynb #97ea4831
 def t2i_pairs(ways): # {"f0 - f2": {"scenes": (difference, low, high)}, ...}
     "Paired differences of scenes right: fine scales against f2, at once against token by token."
     def right(skill, i):
         asked, found = ways[skill]
-        return [score_scene(a, f)["scene"] for a, f in zip(asked, found[i], strict=True)]
-    pairs = {f"f{i} - f2": (("t2i", i), ("t2i", 2)) for i in (1, 0)}
-    if "t2i_fast" in ways:
-        for i in (1, 0):
-            pairs[f"f{i}: fast - token by token"] = ("t2i_fast", i), ("t2i", i)
-    return {k: dict(scenes=paired_bootstrap(right(*a), right(*b))) for k, (a, b) in pairs.items()}
+        return scenes_right(asked, found[i])
+    def difference(a, b):
+        return dict(scenes=paired_bootstrap(right(*a), right(*b)))
+    pairs = {}
+    for i in (1, 0):
+        pairs[f"f{i} - f2"] = difference(("t2i", i), ("t2i", 2))
+    if "t2i_fast" not in ways: return pairs
+    for i in (1, 0):
+        pairs[f"f{i}: fast - token by token"] = difference(("t2i_fast", i), ("t2i", i))
+    return pairs
 
+# %% ../../nbs/06_eval.ipynb #6aab2d67
 def t2i_rows(ways, seed: int): # List of rows
     "Every way at every scale, and two baselines."
     rows = []
     for skill, (asked, found) in ways.items():
         for i, f in found.items():
-            scale = i if i == "auto" else f"f{i}"
+            scale = f"f{i}"
+            if i == "auto": scale = i
             rows.append(dict(skill=skill, scale=scale, **scene_row(asked, f)))
     scenes = ways["t2i"][0]
     chance = [random_scene(np_rng("chance", seed, k), 2) for k in range(len(scenes))]
@@ -256,7 +356,7 @@ def t2i_rows(ways, seed: int): # List of rows
     rows.append(dict(skill="t2i_shuffled", **scene_row(scenes, scenes[1:] + scenes[:1])))
     return rows
 
-# %% ../../nbs/06_eval.ipynb #6bffc619
+# %% ../../nbs/06_eval.ipynb #16479f85
 def feature_errors(stats: FeatureStats, grids, true): # Raw {scale: N x T x C}, twice -> {scale: N}
     "Squared error of each image's features, in units of their variance."
     errors = {}
@@ -270,80 +370,103 @@ def mean_interval(values, rounds: int = 2000): # N numbers -> (mean, low, high)
     picks = np_rng("mean").integers(len(values), size=(rounds, len(values)))
     return values.mean(), *np.quantile(values[picks].mean(1), (.025, .975))
 
+# %% ../../nbs/06_eval.ipynb #6bffc619
 def feature_rows(puma: Puma, scenes, grids): # One row a scale
     "Errors of written features beside baselines, and the share of the variance that they keep."
-    true, stats, rows = true_grids(puma, scenes), puma.model.stats, []
+    true = true_grids(puma, scenes)
+    stats = puma.model.stats
     f1 = spread(grids[2])
-    errors = dict(error=grids, error_loose=written_grids(puma, scenes, consistent=False),
-                  error_repeated={1: f1, 0: spread(f1)})
-    errors = {k: feature_errors(stats, g, true) for k, g in errors.items()}
+    guesses = dict(error=grids, error_loose=written_grids(puma, scenes, consistent=False),
+                   error_repeated={1: f1, 0: spread(f1)})
+    errors = {k: feature_errors(stats, g, true) for k, g in guesses.items()}
+    rows = []
     for i in grids:
         kept = stats.normalize(grids[i], i).var() / stats.normalize(true[i], i).var()
-        columns = entry(**{k: mean_interval(e[i]) for k, e in errors.items() if i in e})
-        columns["variance"] = round(float(kept), 4)
-        rows.append(dict(skill="features", scale=f"f{i}", n=len(scenes), **columns))
+        intervals = {}
+        for k, e in errors.items():
+            if i in e: intervals[k] = mean_interval(e[i])
+        row = dict(skill="features", scale=f"f{i}", n=len(scenes), **entry(**intervals))
+        rows.append(dict(row, variance=round(float(kept), 4)))
     return rows
 
-# %% ../../nbs/06_eval.ipynb #5b236ebb
+# %% ../../nbs/06_eval.ipynb #60cdfa89
 def answer_row(skill, said, true): # Lists of texts -> a row
     "Answers that are right, and what the most frequent one would score."
     right = [s.strip().lower() == t for s, t in zip(said, true, strict=True)]
-    chance = max(true.count(t) for t in set(true)) / len(true)
+    chance = max(map(true.count, set(true))) / len(true)
     columns = entry(accuracy=share_interval(right))
     return dict(skill=skill, n=len(true), chance=round(chance, 4), **columns)
+
+def _first_images(samples): # N x 3 x H x W
+    "The first image of each sample."
+    return torch.stack([s["images"][0] for s in samples])
 
 def asked_row(puma: Puma, skill, samples, questions): # A row
     "Ask about the first image of each sample."
     def ask(some, told):
-        return puma.ask(torch.stack([s["images"][0] for s in some]), told)
+        return puma.ask(_first_images(some), told)
     said = sum(in_batches(ask, samples, questions), [])
     return answer_row(skill, said, [s["answer"] for s in samples])
 
+# %% ../../nbs/06_eval.ipynb #c1cffa7b
 def question_rows(puma: Puma, split: str, n: int, seed: int): # One row a kind
     "Questions about scenes, and signs to read."
-    rows, most = [], puma.preset.world.max_objects
+    rows = []
+    most = puma.preset.world.max_objects
     for kind in ("yesno", "what"):
         samples = world_samples("question", n, split, seed, most, kinds=(kind,))
         questions = [s["segments"][2].text for s in samples]
         rows.append(asked_row(puma, f"vqa_{kind}", samples, questions))
     signs = world_samples("read", 4 * n + 20, split, seed)
     for kind in ("digit", "word"):
-        samples = [s for s in signs if s["answer"].isdigit() == (kind == "digit")][:n]
+        digits = kind == "digit"
+        samples = [s for s in signs if s["answer"].isdigit() == digits][:n]
         questions = [f"what {kind} is written?"] * len(samples)
         rows.append(asked_row(puma, f"read_{kind}", samples, questions))
     return rows
 
+# %% ../../nbs/06_eval.ipynb #5b236ebb
 def overlap(answer: str, scene): # Summed over its things
     "Intersection over union of the boxes in an answer and the true ones; a missing box counts 0."
     said = torch.tensor(boxes_in(answer)).reshape(-1, 4)
-    true = torch.tensor([box(t) for t in scene.things])
+    true = torch.tensor(list(map(box, scene.things)))
     iou = box_iou(said, true).nan_to_num(0).numpy()
     return iou[linear_sum_assignment(-iou)].sum()
 
 def caption_rows(puma: Puma, scenes): # Two rows
     "Captions, and captions with boxes."
+    def told(some):
+        return puma.caption(torch.stack(some))
+    def boxed(some):
+        return puma.ground(torch.stack(some))
     images = [draw_scene(s, puma.side) for s in scenes]
-    said = sum(in_batches(lambda x: puma.caption(torch.stack(x)), images), [])
-    boxed = sum(in_batches(lambda x: puma.ground(torch.stack(x)), images), [])
-    overlaps = [overlap(t, s) for t, s in zip(boxed, scenes)]
+    said = sum(in_batches(told, images), [])
+    said_boxes = sum(in_batches(boxed, images), [])
+    overlaps = list(map(overlap, said_boxes, scenes))
     iou = share_interval(overlaps, [len(s.things) for s in scenes])
-    read = dict(skill="caption", **scene_row(scenes, [parse_caption(t) for t in said]))
+    read = dict(skill="caption", **scene_row(scenes, list(map(parse_caption, said))))
     return [read, dict(skill="ground", n=len(scenes), **entry(iou=iou))]
 
-# %% ../../nbs/06_eval.ipynb #9deb105b
+# %% ../../nbs/06_eval.ipynb #a2790b20
 def edit_samples(puma: Puma, kind: str, split: str, n: int, seed: int): # (sources, told, asked)
     "Pictures to edit or to colourise, what is said about them, and the scenes that are asked for."
     most = puma.preset.world.max_objects
     if kind == "colorize":
         samples = world_samples("condition", n, split, seed, most)
-    else: samples = world_samples("edit", n, split, seed, most, kinds=(kind,))
+    else:
+        samples = world_samples("edit", n, split, seed, most, kinds=(kind,))
     asked = [scene_from_json(s["scene"]) for s in samples]
-    told = [caption(s) for s in asked] if kind == "colorize" else [s["answer"] for s in samples]
-    return torch.stack([s["images"][0] for s in samples]), told, asked
+    if kind == "colorize":
+        told = list(map(caption, asked))
+    else:
+        told = [s["answer"] for s in samples]
+    return _first_images(samples), told, asked
 
+# %% ../../nbs/06_eval.ipynb #9deb105b
 def edited(puma: Puma, kind: str, i: int, sources, told): # N x 3 x H x W
     "Edited or colourised pictures at scale i."
-    change = puma.condition if kind == "colorize" else puma.edit
+    change = puma.edit
+    if kind == "colorize": change = puma.condition
     def some(pictures, texts, seeds):
         return change(pictures, texts, (i,), seeds)[i]
     return torch.cat(in_batches(some, sources, told, list(range(len(told))), name=kind))
@@ -353,12 +476,23 @@ def edit_rows(puma: Puma, split: str, n: int, seed: int, scales=(2, 1, 0)): # A 
     rows = []
     for kind in (*EDITS, "colorize"):
         sources, told, asked = edit_samples(puma, kind, split, n, seed)
-        copy = scene_row(asked, [read_scene(x) for x in sources])["scenes"]
+        copy = scene_row(asked, list(map(read_scene, sources)))["scenes"]
+        skill = f"edit_{kind}"
+        if kind == "colorize": skill = kind
         for i in scales:
-            found = [read_scene(x) for x in edited(puma, kind, i, sources, told)]
-            skill = kind if kind == "colorize" else f"edit_{kind}"
+            found = list(map(read_scene, edited(puma, kind, i, sources, told)))
             rows.append(dict(skill=skill, scale=f"f{i}", copy=copy, **scene_row(asked, found)))
     return rows
+
+# %% ../../nbs/06_eval.ipynb #d5a0b660
+def _world_protocol(puma, split, seed): # {name: value}
+    "What one must know to compare these numbers with others."
+    return dict(
+        split=split, seed=seed, prompts="full captions", judge="read_scene",
+        intervals="95%: Wilson for yes or no, else bootstrap over scenes",
+        edits="sources read down to the scale that is painted, f2 at least",
+        guidance=puma.preset.decoder.guidance,
+        consistency=puma.model.config.consistency)
 
 # %% ../../nbs/06_eval.ipynb #9cabd35c
 def table_world(
@@ -378,11 +512,7 @@ def table_world(
     rows += caption_rows(puma, scenes)
     rows += question_rows(puma, split, n, seed)
     rows += edit_rows(puma, split, few, seed)
-    protocol = dict(split=split, seed=seed, prompts="full captions", judge="read_scene",
-                    intervals="95%: Wilson for yes or no, else bootstrap over scenes",
-                    edits="sources read down to the scale that is painted, f2 at least",
-                    guidance=puma.preset.decoder.guidance,
-                    consistency=puma.model.config.consistency)
+    protocol = _world_protocol(puma, split, seed)
     return dict(table="world", preset=puma.preset.name, n=n, protocol=protocol, rows=rows,
                 intervals=t2i_pairs(ways))
 

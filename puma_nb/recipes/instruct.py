@@ -48,19 +48,47 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
         samples[b] = world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {}))
     return samples
 
+# %% ../../nbs/05_instruct.ipynb #f792e0ff
+def _answer_scores(puma, n): # {kind: score}
+    "Scores of questions about pictures, and of signs."
+    scores = {}
+    for kind in ("yesno", "what"):
+        scores[kind] = question_score(puma, kind, n=n)
+    for kind in ("digit", "word"):
+        scores[f"read_{kind}"] = read_score(puma, kind, n)
+    return scores
+
+def _edit_scores(puma, n): # {kind: score}
+    "Scores of all edits, and of colourisation."
+    scores = {}
+    for kind in (*EDITS, "colorize"):
+        scores[kind] = edit_score(puma, kind, n=n)
+    return scores
+
 # %% ../../nbs/05_instruct.ipynb #2c03c77b
 def _instruct_scores(preset, out, seed, device): # (gates, report)
     puma = Puma(out, device, "instruct")
     n = min(200, preset.world.val)
     images, scenes = world_images(preset, "val", n, seed)
-    answers = {k: question_score(puma, k, n=n) for k in ("yesno", "what")}
-    answers |= {f"read_{k}": read_score(puma, k, n) for k in ("digit", "word")}
+    answers = _answer_scores(puma, n)
     report = dict(
         answers=answers,
         captions=caption_score(puma, images, scenes),
         t2i={f"f{i}": s for i, s in t2i_score(puma, scenes).items()},
-        edits={k: edit_score(puma, k, n=min(50, n)) for k in (*EDITS, "colorize")})
+        edits=_edit_scores(puma, min(50, n)))
     return dict(yesno=(answers["yesno"]["accuracy"], 0.92)), report
+
+# %% ../../nbs/05_instruct.ipynb #cf3c25f5
+def _instruct_task(preset, out, seed, device, progress, data): # A task that watches itself
+    "The pretrained model, and the samples that it is tuned on."
+    model, tokenizer = load_mllm(out, "pretrain", device)
+    encoder = load_encoder(out, device)
+    samples = partial(instruct_samples, preset, seed)
+    task = task_for(
+        "instruct", deeper(preset), model, tokenizer, encoder, seed, data, samples,
+        INSTRUCT_SHARES, progress, out, device)
+    watch_training(task, preset, encoder, out, seed, device, data)
+    return task
 
 # %% ../../nbs/05_instruct.ipynb #62e7df8d
 def train_instruct(
@@ -76,16 +104,11 @@ def train_instruct(
     "Stage `instruct`: one model for the four families; gate: yes/no questions."
     begun = time.time()
     out = Path(out)
-    model, tokenizer = load_mllm(out, "pretrain", device)
-    encoder = load_encoder(out, device)
-    samples = partial(instruct_samples, preset, seed)
-    task = task_for(
-        "instruct", deeper(preset), model, tokenizer, encoder, seed, data, samples,
-        INSTRUCT_SHARES, progress, out, device)
-    watch_training(task, preset, encoder, out, seed, device, data)
+    task = _instruct_task(preset, out, seed, device, progress, data)
     def measure(log):
         save_mllm(task.model, task.tokenizer, out / "instruct")
-        return ({}, {}) if data else _instruct_scores(preset, out, seed, device)
+        if data: return {}, {}
+        return _instruct_scores(preset, out, seed, device)
     run_stage("instruct", task, preset.stages["instruct"], out, measure, begun,
               "instruction tuning", seed=seed, resume=resume, device=device, progress=progress,
               run=run, sample_every=1000)

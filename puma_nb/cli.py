@@ -85,8 +85,8 @@ def _show_demo(rows, seeds, prompt): # A figure
 
 def _reading(picture): # What the oracle sees
     from puma_nb.world.language import caption
-    from puma_nb.world.oracle import read_scene
-    scene = read_scene(picture)
+    from puma_nb.world.oracle import detect_scene
+    scene = detect_scene(picture)
     return caption(scene) if scene.things else "nothing"
 
 # %% ../nbs/07_cli.ipynb #88f8ae56

@@ -31,16 +31,16 @@ class Puma:
         self.preset = get_preset(self.model.config.preset)
         self.decoders = Decoders(self.preset, self.dir, device)
         self.side = self.preset.encoder.image_size
-        self.read = self.preset.mllm.source_scale
+        self.source_scale = self.preset.mllm.source_scale
 
     # What the verbs share
 
-    def prompts(self, segments_list, images=None, image=True, read=None): # A left-padded batch
+    def prompts(self, segments_list, images=None, image=True, source=None): # A `Batch`
         "Prompts as a batch; `images` are those that the segments refer to."
-        read = self.read if read is None else read
+        source = self.source_scale if source is None else source
         first = self.model.config.first_scale
         store = _prompt_store(self, images)
-        return prompt_batch(segments_list, self.tokenizer, store, read, image, first)
+        return prompt_batch(segments_list, self.tokenizer, store, source, image, first)
 
     def paint(
         self, b, scales=(2,), seeds=0, fast=False, consistent=None
@@ -73,7 +73,7 @@ class Puma:
     ): # {scale: N x 3 x H x W}
         "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4)."
         segments = _edit_segments(images, instructions)
-        b = self.prompts(segments, images, read=min(self.read, *scales))
+        b = self.prompts(segments, images, source=min(self.source_scale, *scales))
         return self.paint(b, scales, seeds, fast, consistent)
 
     def condition(
@@ -184,7 +184,7 @@ def _likelihood(puma, images, captions): # N log-probabilities per token
     out = []
     for k, c in enumerate(captions):
         segments = [image_segment(k, False), text_segment(c, True)]
-        row = build_sequence(segments, tokenizer, 0, puma.read, first=first)
+        row = build_sequence(segments, tokenizer, 0, puma.source_scale, first=first)
         b = collate([row], store, tokenizer.pad_token_id).to(puma.model.device)
         words = max(1, int(targets(b)["text"].sum()))
         out.append(-float(loss_terms(puma.model, b)["text"]) / words)

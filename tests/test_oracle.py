@@ -3,12 +3,12 @@ from puma_nb.evaluation.metrics import psnr
 from puma_nb.models.autoencoder import load_latents
 from puma_nb.presets import get_preset
 from puma_nb.world.drawing import world_images
-from puma_nb.world.oracle import read_scene, score_scenes
+from puma_nb.world.oracle import detect_scene, score_scenes
 
 
 def test_clean_renders_are_read():
     images, scenes = world_images(get_preset("nano"), "val", 300)
-    assert score_scenes(scenes, [read_scene(x) for x in images])["attributes"] >= 0.99
+    assert score_scenes(scenes, [detect_scene(x) for x in images])["attributes"] >= 0.99
 
 
 def test_autoencoded_renders_are_read():
@@ -16,4 +16,4 @@ def test_autoencoded_renders_are_read():
     latents = load_latents(device="cpu")
     back = latents.decode(latents.encode(images))
     assert psnr(back, images.float() / 255).mean() >= 28
-    assert score_scenes(scenes, [read_scene(x) for x in back])["attributes"] >= 0.97
+    assert score_scenes(scenes, [detect_scene(x) for x in back])["attributes"] >= 0.97

@@ -289,7 +289,7 @@ def decoded_pictures(puma: Puma, grids, scales=SCALES, seed: int = 0): # {scale:
 
 def read_pictures(pictures): # {key: N x 3 x H x W} -> {key: N scenes}
     "What the oracle reads."
-    return {k: list(map(read_scene, x)) for k, x in pictures.items()}
+    return {k: list(map(detect_scene, x)) for k, x in pictures.items()}
 
 # %% ../../nbs/06_eval.ipynb #b3aad3a3
 def _found_at_chosen(puma, scenes, pictures, found): # N scenes
@@ -476,11 +476,11 @@ def edit_rows(puma: Puma, split: str, n: int, seed: int, scales=(2, 1, 0)): # A 
     rows = []
     for kind in (*EDITS, "colorize"):
         sources, told, asked = edit_samples(puma, kind, split, n, seed)
-        copy = scene_row(asked, list(map(read_scene, sources)))["scenes"]
+        copy = scene_row(asked, list(map(detect_scene, sources)))["scenes"]
         skill = f"edit_{kind}"
         if kind == "colorize": skill = kind
         for i in scales:
-            found = list(map(read_scene, edited(puma, kind, i, sources, told)))
+            found = list(map(detect_scene, edited(puma, kind, i, sources, told)))
             rows.append(dict(skill=skill, scale=f"f{i}", copy=copy, **scene_row(asked, found)))
     return rows
 
@@ -488,7 +488,7 @@ def edit_rows(puma: Puma, split: str, n: int, seed: int, scales=(2, 1, 0)): # A 
 def _world_protocol(puma, split, seed): # {name: value}
     "What one must know to compare these numbers with others."
     return dict(
-        split=split, seed=seed, prompts="full captions", judge="read_scene",
+        split=split, seed=seed, prompts="full captions", judge="detect_scene",
         intervals="95%: Wilson for yes or no, else bootstrap over scenes",
         edits="sources read down to the scale that is painted, f2 at least",
         guidance=puma.preset.decoder.guidance,

@@ -13,7 +13,7 @@ from ..core import *
 from ..errors import *
 from .sequence import *
 
-# %% ../../nbs/03a_generation.ipynb #5f67ece0
+# %% ../../nbs/03a_generation.ipynb #34abe37d
 CACHES = ("dynamic", "static", "none")
 
 def make_cache(kind: str, config, length: int): # A cache of `transformers`, or None
@@ -21,8 +21,23 @@ def make_cache(kind: str, config, length: int): # A cache of `transformers`, or 
     if kind not in CACHES:
         raise UserError(f"unknown cache {kind!r}: choose one of {', '.join(CACHES)}")
     if kind == "dynamic": return DynamicCache(config=config)
-    return StaticCache(config=config, max_cache_len=length) if kind == "static" else None
+    if kind == "static": return StaticCache(config=config, max_cache_len=length)
+    return None
 
+# %% ../../nbs/03a_generation.ipynb #904a0f29
+def _with_room(b: Batch, room: int, device): # {name: B x (L + room), or B x (L + room) x C}
+    "What the model is told of each token, with room for more tokens."
+    inputs = dict(ids=b.ids, slot=b.slot, features=b.features)
+    inputs["position_ids"] = (b.mask.cumsum(-1) - 1).clamp_min(0)
+    inputs["cell"] = b.slot  # an image that is only read carries its own cells
+    inputs["parent"] = torch.zeros_like(b.features)
+    longer = {}
+    for k, v in inputs.items():
+        free = v.new_zeros(len(v), room, *v.shape[2:])
+        longer[k] = torch.cat([v, free], 1).to(device)
+    return longer
+
+# %% ../../nbs/03a_generation.ipynb #5f67ece0
 class Reader:
     "A batch that is read on."
     def __init__(
@@ -35,24 +50,22 @@ class Reader:
             raise UserError("compiling wants cache=\"static\": its shapes stay the same")
         device, L = next(model.parameters()).device, b.ids.shape[1]
         self.model = model
-        self.step = torch.compile(model, dynamic=False) if compile else model
+        self.step = model
+        if compile: self.step = torch.compile(model, dynamic=False)
         self.cache = make_cache(cache, model.config.text_config, L + room)
         self.static = cache == "static"
         self.mask = F.pad(b.mask.to(device), (0, room), value=1)
         self.padded = not bool(b.mask.all())  # without padding, causality is all there is to say
-        inputs = dict(ids=b.ids, slot=b.slot, features=b.features)
-        inputs["position_ids"] = (b.mask.cumsum(-1) - 1).clamp_min(0)
-        inputs["cell"] = b.slot  # an image that is only read carries its own cells
-        inputs["parent"] = torch.zeros_like(b.features)
-        free = {k: v.new_zeros(len(v), room, *v.shape[2:]) for k, v in inputs.items()}
-        self.inputs = {k: torch.cat([v, free[k]], 1).to(device) for k, v in inputs.items()}
+        self.inputs = _with_room(b, room, device)
         self.end, self.cached = L, 0  # tokens that are there, and those that the cache knows
 
     def read(self, block: int = 0): # -> B x max(1, block) x width
         "Hidden states at the last position, or at the last `block` ones, which see each other."
-        start = 0 if self.cache is None else self.cached
+        start = self.cached
+        if self.cache is None: start = 0
         new = {k: v[:, start:self.end].clone() for k, v in self.inputs.items()}
-        run = self.step if self.end - start == 1 else self.model
+        run = self.model
+        if self.end - start == 1: run = self.step
         self.cached = self.end
         out = run(**new, mask=self.look(start, block), past_key_values=self.cache,
                   use_cache=self.cache is not None)
@@ -60,8 +73,9 @@ class Reader:
 
     def look(self, start: int, block: int): # A mask as LLaMA takes it, or None
         "What the positions from `start` on may look at."
-        if not block and self.static: return self.mask
-        if not block: return self.mask[:, :self.end] if self.padded else None
+        if not block:
+            if self.static: return self.mask
+            return self.mask[:, :self.end] if self.padded else None
         shape, device = (self.end - start, self.end), self.mask.device
         allowed = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
         allowed[-block:] = True
@@ -83,6 +97,14 @@ class Reader:
             self.cache.crop(start - self.cached)
         self.cached = min(self.cached, start)
 
+# %% ../../nbs/03a_generation.ipynb #13fd2598
+def _add_word(row, id):
+    "One word more in a row's last piece, or in a new one if an image was the last."
+    if not row.pieces or isinstance(row.pieces[-1], dict):
+        row.pieces.append([])
+    row.pieces[-1].append(id)
+    row.words += 1
+
 # %% ../../nbs/03a_generation.ipynb #7415f7b8
 class Row:
     "What one row of a batch has written, and where it stands."
@@ -103,14 +125,7 @@ class Row:
             self.at = 0
             self.opened += 1
             self.pieces.append({})
-        else: self.add_word(id)
-
-    def add_word(self, id):
-        "One word more."
-        if not self.pieces or isinstance(self.pieces[-1], dict):
-            self.pieces.append([])
-        self.pieces[-1].append(id)
-        self.words += 1
+        else: _add_word(self, id)
 
 # %% ../../nbs/03a_generation.ipynb #943b2210
 class Generation:
@@ -120,22 +135,28 @@ class Generation:
         config, B, L = model.config, *b.ids.shape
         self.model, self.on_scale = model, on_scale
         self.max_images, self.go_on, self.max_words = max_images, go_on, max_words
-        self.rows = [Row(painting=i == config.image_ids[0]) for i in b.ids[:, -1].tolist()]
-        self.seeds = seeds if isinstance(seeds, (list, tuple)) else [seeds] * B
+        painting = [i == config.image_ids[0] for i in b.ids[:, -1].tolist()]
+        self.rows = [Row(p) for p in painting]
+        self.seeds = seeds
+        if not isinstance(seeds, (list, tuple)): self.seeds = [seeds] * B
         self.slots, self.steps = slots(stop, config.first_scale), 0
-        self.consistent = config.consistency if consistent is None else consistent
-        images = max_images + any(r.at == 0 for r in self.rows)
-        room += (len(self.slots) + 2) * images + max_words
+        self.consistent = consistent
+        if consistent is None: self.consistent = config.consistency
+        room += (len(self.slots) + 2) * (max_images + any(painting)) + max_words
         self.reader = Reader(model, b, cache, room, compile)
         self.device = self.reader.mask.device
         self.canvas = torch.zeros(B, len(PARENTS), config.feature_size, device=self.device)
         self.cell, self.parent = self.next_cell()
         self.reader.inputs["cell"][:, L - 1:L] = self.cell
 
+    def next_slot(self, row):
+        "The image token that a row writes next, or -1."
+        if 0 <= row.at < len(self.slots): return self.slots[row.at]
+        return -1
+
     def next_cell(self): # (B x 1, B x 1 x C)
         "The cell that each row writes next, or -1, and that cell's parent."
-        n, first = len(self.slots), self.slots.start
-        cells = [first + r.at if 0 <= r.at < n else -1 for r in self.rows]
+        cells = [self.next_slot(r) for r in self.rows]
         cell = torch.tensor(cells, device=self.device)[:, None]
         up = torch.where(cell >= 0, PARENTS.to(self.device)[cell.clamp_min(0)], -1)
         return cell, features_at(self.canvas, up)
@@ -158,7 +179,9 @@ class Generation:
             closed = [k for k, r in enumerate(self.rows) if r.opened == self.max_images]
             logits[:, eoi] = logits[closed, boi] = -torch.inf
             ids = logits.argmax(-1).tolist()
-        return [eoi if r.at == n else i for r, i in zip(self.rows, ids)]
+        for k, r in enumerate(self.rows):
+            if r.at == n: ids[k] = eoi
+        return ids
 
     def finish(self, i, rows): # Whether the scale was changed
         "Scale i is complete in these rows: make it consistent, keep it, tell the caller."
@@ -221,18 +244,23 @@ def generate(
     while not all(r.done for r in run.rows): run.step()
     return [r.pieces for r in run.rows]
 
-# %% ../../nbs/03a_generation.ipynb #84adfd09
+# %% ../../nbs/03a_generation.ipynb #575cb69c
 def generate_image(model, b, stop: int = 0, **kwargs): # {scale: B x N x C}, raw features
     "One image for each prompt that ends with [IMG], from f4 down to `stop`."
     if not (b.ids[:, -1] == model.config.image_ids[0]).all():
         raise UserError("every prompt must end with [IMG]: use prompt_batch(..., image=True)")
     written = [p[0] for p in generate(model, b, stop, max_images=0, go_on=False, **kwargs)]
-    return {i: torch.stack([w[i] for w in written]) for i in written[0]}
+    grids = {}
+    for i in written[0]: grids[i] = torch.stack([w[i] for w in written])
+    return grids
 
+# %% ../../nbs/03a_generation.ipynb #84adfd09
 def generate_text(model, b, max_words: int = 60, **kwargs): # List of lists of ids
     "Words only, the likeliest one each time, until </s>."
-    rows = generate(model, b, max_images=0, max_words=max_words, **kwargs)
-    return [p[0] if p else [] for p in rows]
+    texts = []
+    for pieces in generate(model, b, max_images=0, max_words=max_words, **kwargs):
+        texts.append(pieces[0] if pieces else [])
+    return texts
 
 # %% ../../nbs/03c_parent_path.ipynb #c0b8886a
 import torch

@@ -58,10 +58,11 @@ def find_head(name: str): # A class
         raise UserError(f"unknown head {name!r}: choose one of {', '.join(HEADS)}")
     return HEADS[name]
 
-# %% ../../nbs/03_mllm.ipynb #7d4e36ac
+# %% ../../nbs/03_mllm.ipynb #70be8333
 _LLAMA_TAKES = signature(LlamaModel.forward).parameters
 CACHE_NAME = "cache" if "cache" in _LLAMA_TAKES else "past_key_values"  # renamed
 
+# %% ../../nbs/03_mllm.ipynb #7d4e36ac
 class PumaForConditionalGeneration(PreTrainedModel):
     "LLaMA with an in- and an out-projector for image features."
     config_class = PumaConfig
@@ -94,7 +95,8 @@ class PumaForConditionalGeneration(PreTrainedModel):
         seen = self.in_projector(features.to(words.dtype)).to(words.dtype)
         x = torch.where((slot >= 0)[..., None], seen, words)
         if self.path is None: return x
-        return x + self.path.enter(slot if cell is None else cell, parent).to(x.dtype)
+        if cell is None: cell = slot
+        return x + self.path.enter(cell, parent).to(x.dtype)
 
     def forward(
         self, ids, slot, features,     # B x L, B x L, B x L x C, normalised
@@ -109,7 +111,8 @@ class PumaForConditionalGeneration(PreTrainedModel):
 
     def baseline(self, cell=None, parent=None): # -> ... x C, normalised; 0 without the parent path
         "What a feature is before the out-projector adds to it."
-        return self.path.baseline(cell, parent, self.stats) if self.path else 0.0
+        if self.path is None: return 0.0
+        return self.path.baseline(cell, parent, self.stats)
 
     def predict_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised
         "The feature that a position writes."
@@ -119,15 +122,18 @@ class PumaForConditionalGeneration(PreTrainedModel):
         "Logits of the word that a position writes."
         return self.language_model.lm_head(hidden)
 
-# %% ../../nbs/03_mllm.ipynb #fdefb194
+# %% ../../nbs/03_mllm.ipynb #91f47405
 def image_ids(tokenizer):
     "The ids that open and close an image."
     return tokenizer.convert_tokens_to_ids(["[IMG]", "[/IMG]"])
 
+# %% ../../nbs/03_mllm.ipynb #0228d6a1
 def text_config(m: MLLMPreset, tokenizer=None): # A `LlamaConfig`
     "LLaMA's configuration for a preset, and for a tokenizer's special tokens if there is one."
-    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {k: getattr(tokenizer, k) for k in kinds} if tokenizer else {}
+    special = {}
+    if tokenizer:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            special[name] = getattr(tokenizer, name)
     return LlamaConfig(
         vocab_size=len(tokenizer) if tokenizer else m.vocab_size + POSITIONS + 2,
         hidden_size=m.hidden_size, intermediate_size=m.mlp_size, num_hidden_layers=m.layers,
@@ -135,6 +141,7 @@ def text_config(m: MLLMPreset, tokenizer=None): # A `LlamaConfig`
         rope_parameters=dict(rope_type="default", rope_theta=m.rope_theta),
         tie_word_embeddings=m.tied, **special)
 
+# %% ../../nbs/03_mllm.ipynb #fdefb194
 def build_mllm(
     preset: Preset,
     tokenizer=None,              # None: the preset's vocabulary and ours, for counting
@@ -154,7 +161,7 @@ def build_mllm(
         model.feature_std.copy_(stats.std)
     return model
 
-# %% ../../nbs/03_mllm.ipynb #6f556076
+# %% ../../nbs/03_mllm.ipynb #22361da3
 TERMS = ("text", "structure") + tuple(f"f{i}" for i in SCALES)
 
 def targets(b: Batch): # {term: B x (L-1) mask}
@@ -164,9 +171,11 @@ def targets(b: Batch): # {term: B x (L-1) mask}
     words = learn & (slot < 0)
     apart = torch.zeros_like(words)
     if b.weight is not None: apart = b.weight[:, 1:] == 0  # ours, chapter 3b
-    features = {f"f{i}": learn & (scale == i) for i in SCALES}
-    return dict(text=words & ~apart, structure=words & apart, **features)
+    where = dict(text=words & ~apart, structure=words & apart)
+    for i in SCALES: where[f"f{i}"] = learn & (scale == i)
+    return where
 
+# %% ../../nbs/03_mllm.ipynb #22b51011
 LOGITS = 2**25  # ours: logits that exist at the same time, 128 MB in float32
 
 def text_loss(
@@ -178,41 +187,62 @@ def text_loss(
         return F.cross_entropy(model.word_logits(h).float(), i, reduction="none")
     n = max(1, logits // model.config.text_config.vocab_size)
     if len(ids) <= n: return piece(hidden, ids)
-    pieces = zip(hidden.split(n), ids.split(n))
-    return torch.cat([checkpoint(piece, h, i, use_reentrant=False) for h, i in pieces])
+    errors = []
+    for h, i in zip(hidden.split(n), ids.split(n)):
+        errors.append(checkpoint(piece, h, i, use_reentrant=False))
+    return torch.cat(errors)
 
+# %% ../../nbs/03_mllm.ipynb #6f556076
 def text_terms(model, b, hidden, where): # {"text", "structure"}
     "Cross-entropy over learnt words; logits for these positions only."
     words = where["text"] | where["structure"]
     error = text_loss(model, hidden[:, :-1][words], b.ids[:, 1:][words])
-    weight = torch.ones_like(error) if b.weight is None else b.weight[:, 1:][words]
+    if b.weight is None: weight = torch.ones_like(error)
+    else: weight = b.weight[:, 1:][words]
     return dict(text=(error * weight)[where["text"][words]].sum(),
                 structure=error[where["structure"][words]].sum())
 
-# %% ../../nbs/03_mllm.ipynb #02898d7c
+# %% ../../nbs/03_mllm.ipynb #ad5bc88e
+def _at_writers(b, image, x): # B x L x ... -> N x ...
+    "Values at the position that writes each learnt feature: the one before, or itself."
+    if b.block is None: return x[:, :-1][image]
+    itself = b.block[:, 1:][image] >= 0
+    itself = itself.view(-1, *[1] * (x.dim() - 2))
+    return torch.where(itself, x[:, 1:][image], x[:, :-1][image])
+
+# %% ../../nbs/03_mllm.ipynb #18bfb761
 def image_terms(model, b, hidden, where, place): # {"f0", ..., "f4"}
     "Squared error, averaged over channels, over learnt features of each scale."
     image = torch.stack([where[f"f{i}"] for i in SCALES]).any(0)
-    def writer(x): # at the position that writes each learnt feature: the one before, or itself
-        if b.block is None: return x[:, :-1][image]
-        itself = b.block[:, 1:][image] >= 0
-        itself = itself.view(-1, *[1] * (x.dim() - 2))
-        return torch.where(itself, x[:, 1:][image], x[:, :-1][image])
-    baseline = model.baseline(**{k: writer(v) for k, v in place.items()})
-    goal = b.features[:, 1:][image].float() - baseline
-    noise = None if b.noise is None else b.noise[:, 1:][image]
-    error = model.out_projector.error(writer(hidden), goal, noise)
-    return {f"f{i}": error[where[f"f{i}"][image]].sum() for i in SCALES}
+    cells = {k: _at_writers(b, image, v) for k, v in place.items()}
+    goal = b.features[:, 1:][image].float() - model.baseline(**cells)
+    noise = None
+    if b.noise is not None: noise = b.noise[:, 1:][image]
+    error = model.out_projector.error(_at_writers(b, image, hidden), goal, noise)
+    terms = {}
+    for i in SCALES:
+        of_scale = where[f"f{i}"][image]
+        terms[f"f{i}"] = error[of_scale].sum()
+    return terms
 
+# %% ../../nbs/03_mllm.ipynb #378702c8
+def _fed_in(b: Batch): # (ids, features, mask)
+    "What the model reads: the batch's own, unless it has other inputs beside its targets."
+    ids, seen, mask = b.ids, b.features, b.mask
+    if b.fed_ids is not None: ids = b.fed_ids
+    if b.fed_features is not None: seen = b.fed_features
+    if b.attention is not None: mask = b.attention
+    return ids, seen, mask
+
+# %% ../../nbs/03_mllm.ipynb #02898d7c
 def loss_terms(
     model, b: Batch
 ): # {"text", "structure", "f0", ..., "f4"}: sums in float32
     "The sums of Eq. 2, each for itself."
     bare, where = getattr(model, "module", model), targets(b)
-    seen = b.features if b.fed_features is None else b.fed_features
-    ids = b.ids if b.fed_ids is None else b.fed_ids
-    mask = b.mask if b.attention is None else b.attention
-    place = add_cells(b, seen) if bare.path else {}
+    ids, seen, mask = _fed_in(b)
+    place = {}
+    if bare.path: place = add_cells(b, seen)
     if b.block is not None:
         seen = seen * (b.block < 0)[..., None]  # written at once: not fed in
     hidden = model(ids, b.slot, seen, mask, b.positions, **place).last_hidden_state
@@ -221,21 +251,26 @@ def loss_terms(
 # %% ../../nbs/03_mllm.ipynb #9312a67d
 def loss_weights(m: MLLMPreset): # {"text", "structure", "f0", ..., "f4"}
     "Weights of the terms, each term being a mean, under one reading of Eq. 2."
-    tokens = [1 if m.reduction == "mean" else TOKENS[i] for i in SCALES]
-    w = [a * n for a, n in zip(m.scale_weights, tokens)]
-    total = sum(w) if m.reduction == "proportional" else 1
-    scales = {f"f{i}": v / total for i, v in zip(SCALES, w)}
-    return dict(text=m.text_weight, structure=m.structure_weight, **scales)
+    scales = {}
+    for i, ratio in zip(SCALES, m.scale_weights):
+        if m.reduction == "mean": tokens = 1
+        else: tokens = TOKENS[i]
+        scales[f"f{i}"] = ratio * tokens
+    total = 1
+    if m.reduction == "proportional": total = sum(scales.values())
+    weights = dict(text=m.text_weight, structure=m.structure_weight)
+    for name, w in scales.items(): weights[name] = w / total
+    return weights
 
 # %% ../../nbs/03_mllm.ipynb #f466b844
 def term_gradients(model, b): # {"text": vector, "f4": vector, ...}
     "Each term's gradient on the backbone, each term being a mean."
-    counts = {k: max(1, int(v.sum())) for k, v in targets(b).items()}
+    where = targets(b)
     weights = list(model.language_model.model.layers.parameters())
     out = {}
     for k, v in loss_terms(model, b).items():
         if not v.requires_grad or float(v.detach()) <= 0: continue
-        mean = v / counts[k]
+        mean = v / max(1, int(where[k].sum()))
         grads = torch.autograd.grad(mean, weights, retain_graph=True, allow_unused=True)
         out[k] = torch.cat([g.flatten() for g in grads if g is not None])
     return out

@@ -60,7 +60,7 @@ class PumaProcessor(ProcessorMixin):
         # or a string to paint
         samples,
         stop: int = 0,           # Supervised images end after this scale
-        read: int = 0,           # Images that are only read end after this one
+        source: int = 0,         # Images that are only read end after this one
         paint: bool = False,     # Open an image at the end: a prompt
         left: bool = False       # Pad on the left, for generation
     ): # BatchFeature: ids, mask, slot, loss_mask, words, image (B x L); pixel_values of images
@@ -70,7 +70,7 @@ class PumaProcessor(ProcessorMixin):
             own = list(s.get("images") or ())
             _check_sample(s, len(own))
             segments = [_moved_on(g, len(images)) for g in s["segments"]]
-            rows.append(build_sequence(segments, self.tokenizer, stop, read, close=not paint))
+            rows.append(build_sequence(segments, self.tokenizer, stop, source, close=not paint))
             if paint: rows[-1].add([image_ids(self.tokenizer)[0]], False)
             images += own
         b = pad_sequences(rows, self.tokenizer.pad_token_id, left)

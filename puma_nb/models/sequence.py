@@ -63,7 +63,7 @@ def build_sequence(
     segments,        # Of a sample: dicts with kind, text (or ids), image, supervised
     tokenizer,
     stop: int = 0,   # Scale after which supervised images end
-    read: int = 0,   # Scale after which images end that are only read
+    source: int = 0, # Scale after which images end that are only read
     close: bool = True, # End with </s>
     first: int = 4   # Scale with which images begin
 ): # A `Sequence`
@@ -79,7 +79,7 @@ def build_sequence(
             last_of_turn = learn and k + 1 < len(segments) and not segments[k + 1].supervised
             if last_of_turn: s.add([tokenizer.eos_token_id], True)
         else:
-            here = slots(min(first, stop if learn else read), first)
+            here = slots(min(first, stop if learn else source), first)
             s.add([boi], learn)
             s.add([tokenizer.pad_token_id] * len(here), learn, g.image, here)
             s.add([eoi], learn)
@@ -223,12 +223,12 @@ def pack(
 # %% ../../nbs/02d_sequence.ipynb #b15c26e1
 def prompt_batch(
     segments_list, tokenizer, store,
-    read: int,     # Scale at which images end that are only read
+    source: int,   # Scale at which images end that are only read
     image: bool,   # Open an image at the end
     first: int = 4 # Scale with which images begin
 ): # A `Batch`, padded on the left
     "Prompts to continue."
-    rows = [build_sequence(g, tokenizer, 0, read, False, first) for g in segments_list]
+    rows = [build_sequence(g, tokenizer, 0, source, False, first) for g in segments_list]
     for s in rows:
         if image: s.add([tokenizer.convert_tokens_to_ids("[IMG]")], False)
     return collate(rows, store, tokenizer.pad_token_id, left=True)

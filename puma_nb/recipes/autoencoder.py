@@ -85,7 +85,7 @@ def _measure_autoencoder(preset, latents, shown, scenes): # {gate: (value, least
     back = torch.cat([latents.decode(latents.encode(p)).cpu() for p in shown.split(100)])
     gates = dict(psnr=(psnr(back, shown.float() / 255).mean(), 28))
     if scenes:
-        scores = score_scenes(scenes, [read_scene(x) for x in back])
+        scores = score_scenes(scenes, [detect_scene(x) for x in back])
         gates["oracle"] = (scores["attributes"], 0.97)
     return gates
 

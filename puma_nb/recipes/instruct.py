@@ -55,7 +55,7 @@ def _answer_scores(puma, n): # {kind: score}
     for kind in ("yesno", "what"):
         scores[kind] = question_score(puma, kind, n=n)
     for kind in ("digit", "word"):
-        scores[f"read_{kind}"] = read_score(puma, kind, n)
+        scores[f"read_{kind}"] = sign_score(puma, kind, n)
     return scores
 
 def _edit_scores(puma, n): # {kind: score}

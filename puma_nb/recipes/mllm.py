@@ -29,7 +29,8 @@ def thin_out(
     thin: int    # As in `MLLMPreset`; 0 keeps them all
 ): # Those that the step uses
     "Fewer sequences where images are long, so that steps have about as many tokens."
-    return positions[::max(1, round(tokens / thin))] if thin else positions
+    if not thin: return positions
+    return positions[::max(1, round(tokens / thin))]
 
 # %% ../../nbs/03b_training.ipynb #cf7f9f67
 class MLLMTask(Task):
@@ -68,33 +69,38 @@ class MLLMTask(Task):
 
     def counts(self, b):
         "What each term's sum is divided by."
-        found = {k: float(v.sum()) for k, v in targets(b).items()}
+        where = targets(b)
+        found = {k: float(v.sum()) for k, v in where.items()}
         if b.weight is not None:
-            found["text"] = float(b.weight[:, 1:][targets(b)["text"]].sum())
+            found["text"] = float(b.weight[:, 1:][where["text"]].sum())
         return found
 
     def groups(self, stage):
         "The projectors may have a rate of their own; what is ours beside them has theirs."
         ends, rest = [], []
         for n, p in self.model.named_parameters():
-            (ends if "projector" in n or n.startswith("path.") else rest).append(p)
+            if "projector" in n or n.startswith("path."): ends.append(p)
+            else: rest.append(p)
         rate = stage.lr_projector or stage.lr
         return [dict(params=ends, lr=rate), dict(params=rest, lr=stage.lr)]
 
     def work(self, b):
         "Tokens that are not padding, room for tokens, and useful operations (formula: chapter 3g)."
-        m, found = self.model.config.text_config, {k: int(v.sum()) for k, v in targets(b).items()}
+        m = self.model.config.text_config
+        found = {k: int(v.sum()) for k, v in targets(b).items()}
         text = found.pop("text") + found.pop("structure")
         lengths = b.mask.sum(-1).cpu().double()
-        tokens, backbone = int(lengths.sum()), self.model.language_model.model.layers.parameters()
-        layers = sum(getattr(p, "ds_numel", p.numel()) for p in backbone)  # of DeepSpeed
+        tokens = int(lengths.sum())
+        layers = 0
+        for p in self.model.language_model.model.layers.parameters():
+            layers += getattr(p, "ds_numel", p.numel())  # of DeepSpeed
         attention = m.num_hidden_layers * 2 * float((lengths**2).sum()) * m.hidden_size
         features = 2 * sum(found.values()) * b.features.shape[-1]
         ends = 2 * m.hidden_size * (text * m.vocab_size + features)
         flops = 3 * (2 * layers * tokens + attention + ends)
         return dict(tokens=tokens, room=b.mask.numel(), flops=flops)
 
-# %% ../../nbs/03b_training.ipynb #a88bf90a
+# %% ../../nbs/03b_training.ipynb #77c287cb
 def stop_of(task: MLLMTask, step):
     "The scale after which this step's images end: a function of the step."
     shares = np.array(task.preset.mllm.depth_shares)
@@ -113,6 +119,7 @@ def gather_segments(task: MLLMTask, positions):
         segments.append(rows[sample_ids([k], len(rows), seed_of(task.seed, name))[0]])
     return segments, task.store
 
+# %% ../../nbs/03b_training.ipynb #bf7710de
 def noisy_inputs(task: MLLMTask, b, positions): # B x L x C: the features that are fed in
     "Learnt features with noise of a random amount, up to the preset's."
     draws = [np_rng(task.seed, "amount", int(p)).random() for p in positions]
@@ -122,12 +129,13 @@ def noisy_inputs(task: MLLMTask, b, positions): # B x L x C: the features that a
     noise = noise_for(positions, *b.features.shape[1:], keys=(task.seed, "inputs"))
     return b.features + amount[..., None] * noise
 
+# %% ../../nbs/03b_training.ipynb #a88bf90a
 def training_batch(task: MLLMTask, positions, step):
     "The batch of a step."
     stop, m = task.stop(step), task.preset.mllm
     segments, store = task.gather(positions)
-    read = min(stop, m.source_scale)
-    rows = [build_sequence(g, task.tokenizer, stop, read, first=m.first_scale) for g in segments]
+    source = min(stop, m.source_scale)
+    rows = [build_sequence(g, task.tokenizer, stop, source, first=m.first_scale) for g in segments]
     b = collate(rows, store, task.tokenizer.pad_token_id)
     if any(m.feature_noise): b.fed_features = noisy_inputs(task, b, positions)
     if m.head != "regression": # a head that draws wants noise, and one number more for the time
@@ -139,7 +147,7 @@ def training_batch(task: MLLMTask, positions, step):
         b.attention = additive(visible(b.mask - 1, b.block))
     return b.to(next(task.model.parameters()).device)
 
-# %% ../../nbs/03b_training.ipynb #0da98ca3
+# %% ../../nbs/03b_training.ipynb #f11e2df0
 def disturb_words(
     b: Batch, words, # The ids of the words that may be disturbed
     share: float,  # Of the learnt ones
@@ -158,19 +166,50 @@ def disturb_words(
         fed[r] = torch.from_numpy(np.where(hit, wrong, ids))
     return fed
 
+# %% ../../nbs/03b_training.ipynb #0da98ca3
+def _color_ids(tokenizer):
+    "The ids of the colour names that are one word of the vocabulary."
+    found = []
+    for c in COLORS:
+        ids = to_ids(tokenizer, c)
+        if len(ids) == 1: found.append(ids[0])
+    return found
+
 def beyond_the_paper(task: MLLMTask, b, positions, step):
     "The batch with what the preset asks for beyond the paper."
     m, t = task.preset.mllm, task.tokenizer
     if m.text_mean == "segment":
         b.weight = (b.words > 0) / b.words.clamp_min(1) ** 0.5
     if m.disturbed_words:
-        colors = [to_ids(t, c) for c in COLORS]
-        colors = [ids[0] for ids in colors if len(ids) == 1]
         keys = [(task.seed, int(p)) for p in positions]
-        b.fed_ids = disturb_words(b, colors, m.disturbed_words, t.pad_token_id, keys)
+        b.fed_ids = disturb_words(b, _color_ids(t), m.disturbed_words, t.pad_token_id, keys)
     at_once = np_rng(task.seed, task.name, "whole", step).random() < m.at_once
     if at_once: b.block = scale_blocks(b, m.whole_scale)
     return b
+
+# %% ../../nbs/03b_training.ipynb #34a01560
+class _Images:
+    "Different images, numbered in the order in which they first occur."
+    def __init__(self):
+        self.images = []
+        self.index = {}
+
+    def number(self, image): # of this image in the store
+        key = image.numpy().tobytes()
+        if key not in self.index:
+            self.index[key] = len(self.images)
+            self.images.append(image)
+        return self.index[key]
+
+# %% ../../nbs/03b_training.ipynb #7a3fa31c
+def _prepared(sample, tokenizer, images: _Images): # List of segments
+    "A sample's segments with their ids, or with the numbers of their images."
+    segments, own = [], sample["images"]
+    for g in sample["segments"]:
+        if g.kind == "text": g = replace(g, ids=to_ids(tokenizer, g.text))
+        else: g = replace(g, image=images.number(own[g.image]))
+        segments.append(g)
+    return segments
 
 # %% ../../nbs/03b_training.ipynb #9515f417
 def prepare_samples(
@@ -180,40 +219,33 @@ def prepare_samples(
     progress: bool = False
 ): # ({name: list of segment lists with ids and store indices}, FeatureStore)
     "Tokenise all samples and encode each different image once."
-    images, index = [], {}
-
-    def number(image): # of this image in the store
-        key = image.numpy().tobytes()
-        if key not in index:
-            index[key] = len(images)
-            images.append(image)
-        return index[key]
-
-    def prepared(g, own): # a segment with ids, or with its image's number
-        if g.kind == "text":
-            return replace(g, ids=to_ids(tokenizer, g.text))
-        return replace(g, image=number(own[g.image]))
-
-    sets = {}
+    images, sets = _Images(), {}
     for name, rows in samples.items():
-        sets[name] = [[prepared(g, s["images"]) for g in s["segments"]] for s in rows]
-    f0 = encode_images(encoder, torch.stack(images), dtype=torch.bfloat16, progress=progress)
+        sets[name] = [_prepared(s, tokenizer, images) for s in rows]
+    pixels = torch.stack(images.images)
+    f0 = encode_images(encoder, pixels, dtype=torch.bfloat16, progress=progress)
     return sets, FeatureStore(f0, stats)
 
-# %% ../../nbs/03b_training.ipynb #f6aaaa91
+# %% ../../nbs/03b_training.ipynb #a46d334d
 def teacher_forced(model, tokenizer, captions, store: FeatureStore, stop: int): # {"f4": error, ...}
     "Mean errors when each prediction builds on true features."
     first = model.config.first_scale
-    pairs = [[text_segment(c, False), image_segment(k, True)] for k, c in enumerate(captions)]
-    rows = [build_sequence(p, tokenizer, stop, first=first) for p in pairs]
+    rows = []
+    for k, c in enumerate(captions):
+        pair = [text_segment(c, False), image_segment(k, True)]
+        rows.append(build_sequence(pair, tokenizer, stop, first=first))
     b = collate(rows, store, tokenizer.pad_token_id)
     if model.config.head != "regression":
         length, channels = b.features.shape[1:]
         b.noise = noise_for(range(len(captions)), length, channels + 1, keys=("dashboard",))
     b = b.to(next(model.parameters()).device)
-    counts = targets(b)
-    return {k: float(v) / max(1, int(counts[k].sum())) for k, v in loss_terms(model, b).items()}
+    where = targets(b)
+    errors = {}
+    for k, v in loss_terms(model, b).items():
+        errors[k] = float(v) / max(1, int(where[k].sum()))
+    return errors
 
+# %% ../../nbs/03b_training.ipynb #5c7f3bd5
 @torch.no_grad()
 def dashboard(
     model, tokenizer,
@@ -235,6 +267,7 @@ def dashboard(
         out["variance"].append(float(guess.var()))
     return out
 
+# %% ../../nbs/03b_training.ipynb #f6aaaa91
 def plot_dashboard(d, ax=None):
     "Bars of the two errors and the variance for each scale."
     ax = ax or plt.subplots(figsize=(6, 2.5), layout="constrained")[1]

@@ -388,7 +388,7 @@ def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, log): # (gat
     report = dict(
         captions=captions,
         t2i={f"f{i}": s for i, s in pictures.items()},
-        reading={k: read_score(puma, k) for k in ("digit", "word")},
+        reading={k: sign_score(puma, k) for k in ("digit", "word")},
         ground=ground_score(puma, images, scenes),
         dashboard=board,
         normal=normal)

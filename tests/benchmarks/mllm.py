@@ -120,7 +120,7 @@ def _peak(pieces, queue):
     torch.manual_seed(0)
     head = nn.Linear(512, 128256, bias=False); hidden = torch.randn(8, 401, 512, requires_grad=True); learnt = torch.zeros(8, 401, dtype=torch.bool); learnt[:, :60] = True; ids = torch.randint(0, 128256, (8, 401))
     head.weight.grad = torch.zeros_like(head.weight)
-    class Model: config = type("C", (), dict(text_config=type("T", (), dict(vocab_size=128256)))); write_text = staticmethod(head)
+    class Model: config = type("C", (), dict(text_config=type("T", (), dict(vocab_size=128256)))); word_logits = staticmethod(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if pieces: loss = text_loss(Model, hidden[learnt], ids[learnt])
     else: loss = F.cross_entropy(head(hidden).float().flatten(0, 1), torch.where(learnt, ids, -100).flatten(), ignore_index=-100, reduction="sum")

@@ -603,7 +603,7 @@ def test_two_processes_read_every_sample_once_also_when_resumed(tmp_path):
 def test_a_set_from_the_hub_is_asked_for_by_its_card(tmp_path, monkeypatch):
     """Streamed or whole, the card says which repository and split; what the hub would send comes
     from a local file here."""
-    import puma_nb.loaders as loaders
+    import puma_nb.data.loaders as loaders
     from datasets import Dataset
     from datasets import Image as ImageFeature
     asked = []

@@ -344,7 +344,11 @@ TOY = """
 import sys, torch
 import torch.distributed as dist
 from puma_nb.core import *
+from puma_nb.errors import *
 from puma_nb.presets import *
+from puma_nb.training.checkpoint import *
+from puma_nb.training.launch import *
+from puma_nb.training.log import *
 from puma_nb.training.loop import *
 from puma_nb.training.task import *
 torch.set_num_threads(1)

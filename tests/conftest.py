@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))  # .ci/run gives one
+THREADS = 2
 
 # Before torch is imported, and inherited by the processes that tests start.
 os.environ.update(OMP_NUM_THREADS=str(THREADS), MKL_NUM_THREADS=str(THREADS), HF_HUB_OFFLINE="1",

@@ -29,7 +29,7 @@ def work(argv, said, threads):
 def start(argv, threads=2):
     "Begin a run; the file beside its folder is for what it says."
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["puma_nb.cli"])
+    server.set_forkserver_preload(["puma_nb.cli", "puma_nb.recipes.system"])
     process = server.Process(
         target=work,
         args=(argv, str(Path(argv[argv.index("--out") + 1]).with_suffix(".said")), threads),

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'ASK', 'PICTURES', 'FAMILIES', 'layout', 'files_of', 'picture_rows', 'rows_of', 'tar_row', 'TarTable',
-           'grounded', 'arrange', 'Loader', 'count_broken', 'trouble_with', 'tell', 'sample_of', 'mark_of', 'CardSet',
-           'locate_row', 'read_row', 'next_usable', 'leave_out_duplicates']
+           'grounded', 'arrange', 'Loader', 'mark_of', 'CardSet', 'leave_out_duplicates']
 
 # %% ../../nbs/00h_loaders.ipynb #a406956b
 import fnmatch, hashlib, itertools, json, re, tarfile, threading
@@ -275,10 +274,10 @@ class Loader:
 
     # what the cells below teach
     @property
-    def broken(self): return count_broken(self)
-    def trouble(self, what): return trouble_with(self, what)
-    def report(self): return tell(self)
-    def sample(self, row, rng): return sample_of(self, row, rng)
+    def broken(self): return _count_broken(self)
+    def trouble(self, what): return _trouble(self, what)
+    def report(self): return _report(self)
+    def sample(self, row, rng): return _sample(self, row, rng)
 
     def _reset(self):
         "Begin to count."
@@ -302,7 +301,7 @@ class Loader:
 # %% ../../nbs/00h_loaders.ipynb #90452ce5
 _RULED_OUT = ("too small", "left out by a rule", "in another set")  # these rows are not broken
 
-def count_broken(loader: Loader):
+def _count_broken(loader: Loader):
     "Rows that cannot be used."
     return sum(v for k, v in loader.skipped.items() if k not in _RULED_OUT)
 
@@ -315,7 +314,7 @@ def _check(loader: Loader, last=False):
                              f"at most {loader.max_broken:.0%} may be broken")
 
 # %% ../../nbs/00h_loaders.ipynb #f69751e7
-def trouble_with(loader: Loader, what): # An error, with the counts
+def _trouble(loader: Loader, what): # An error, with the counts
     "What to raise where a set cannot be used."
     counts = ", ".join(f"{k}: {v}" for k, v in loader.skipped.most_common())
     hint = ""
@@ -323,7 +322,7 @@ def trouble_with(loader: Loader, what): # An error, with the counts
         hint = "; fetch the pictures with img2dataset into .tar shards, and give their folder"
     return UserError(f"{loader.card.name} in {loader.source}: {what} ({counts}){hint}")
 
-def tell(loader: Loader): # One line
+def _report(loader: Loader): # One line
     "What came through, and what did not."
     line = f"{loader.card.name}: {loader.kept} samples"
     if not loader.skipped: return line
@@ -334,7 +333,7 @@ def tell(loader: Loader): # One line
 # A number for a caption, a box of three sides: there is no end to what rows may hold.
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
-def sample_of(loader: Loader, row, rng):
+def _sample(loader: Loader, row, rng):
     "One row as a sample; raises `Skip`."
     try:
         return _usable(loader, row, rng)
@@ -472,9 +471,9 @@ class CardSet:
         if not len(self): raise UserError(f"{source}: no rows there")
 
     # what the cells below teach
-    def locate(self, position): return locate_row(self, position)
-    def read(self, shard, row, key): return read_row(self, shard, row, key)
-    def __getitem__(self, position): return next_usable(self, position)
+    def locate(self, position): return _locate(self, position)
+    def read(self, shard, row, key): return _read(self, shard, row, key)
+    def __getitem__(self, position): return _next_usable(self, position)
 
     def __len__(self): return sum(self.counts)
 
@@ -494,7 +493,7 @@ def _row_in(rows: CardSet, shards, at): # (shard, row)
         at -= rows.counts[s]
 
 # %% ../../nbs/00h_loaders.ipynb #e01fb1b5
-def locate_row(rows: CardSet, position: int): # (shard, row)
+def _locate(rows: CardSet, position: int): # (shard, row)
     "Which row a position reads."
     epoch, at = divmod(int(position), len(rows))
     order = np_rng("shards", rows.seed, epoch).permutation(len(rows.counts))
@@ -507,7 +506,7 @@ def locate_row(rows: CardSet, position: int): # (shard, row)
         at -= n
 
 # %% ../../nbs/00h_loaders.ipynb #3a5cdafe
-def read_row(rows: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
+def _read(rows: CardSet, shard, row, key): # A sample; `key` chooses crops and directions
     "The sample of one row; raises `Skip`."
     if (shard, row) in rows.left_out: raise Skip("in another set")
     rng = np_rng(rows.seed, rows.loader.card.name, key)
@@ -520,7 +519,7 @@ def _count_skipped(rows: CardSet, why):
         _check(rows.loader)
 
 # %% ../../nbs/00h_loaders.ipynb #ed5b8242
-def next_usable(rows: CardSet, position): # A sample
+def _next_usable(rows: CardSet, position): # A sample
     "The sample at a position; if its row cannot be used, the next one in order that can."
     for k in range(len(rows)):
         try:

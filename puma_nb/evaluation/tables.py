@@ -397,14 +397,10 @@ def answer_row(skill, said, true): # Lists of texts -> a row
     columns = entry(accuracy=share_interval(right))
     return dict(skill=skill, n=len(true), chance=round(chance, 4), **columns)
 
-def _first_images(samples): # N x 3 x H x W
-    "The first image of each sample."
-    return torch.stack([s["images"][0] for s in samples])
-
 def asked_row(puma: Puma, skill, samples, questions): # A row
     "Ask about the first image of each sample."
     def ask(some, told):
-        return puma.ask(_first_images(some), told)
+        return puma.ask(first_images(some), told)
     said = sum(in_batches(ask, samples, questions), [])
     return answer_row(skill, said, [s["answer"] for s in samples])
 
@@ -460,7 +456,7 @@ def edit_samples(puma: Puma, kind: str, split: str, n: int, seed: int): # (sourc
         told = list(map(caption, asked))
     else:
         told = [s["answer"] for s in samples]
-    return _first_images(samples), told, asked
+    return first_images(samples), told, asked
 
 # %% ../../nbs/06_eval.ipynb #9deb105b
 def edited(puma: Puma, kind: str, i: int, sources, told): # N x 3 x H x W

@@ -240,7 +240,7 @@ def generate(
 ): # For each row its pieces in order: lists of ids, and {scale: N x C raw features}
     "Continue prompts with words, images, or both (section 3.3)."
     run = Generation(model, b, stop, max_images, go_on, max_words, on_scale, seeds, consistent,
-                    cache, compile)
+                     cache, compile)
     while not all(r.done for r in run.rows): run.step()
     return [r.pieces for r in run.rows]
 
@@ -298,7 +298,7 @@ def generate_block(run: Generation, i: int): # The scale's features on its canva
 
 @torch.no_grad()
 def generate_at_once(
-    model, b,       # A left-padded batch of `collate` whose rows end with [IMG]
+    model, b: Batch, # Padded on the left; rows end with [IMG]
     stop: int = 0,  # Last scale
     on_scale=None, seeds=0, consistent: bool = None # As for `generate`
 ): # {scale: B x N x C}, raw features
@@ -307,7 +307,7 @@ def generate_at_once(
     if model.path is None:
         raise UserError("whole scales at once need a model with the parent path: leave out --fast")
     run = Generation(model, b, max(stop, first + 1), 0, False, 0, on_scale, seeds, consistent,
-                    room=tokens_until(stop))
+                     room=tokens_until(stop))
     while not all(r.done for r in run.rows): run.step()
     for i in range(first, stop - 1, -1):
         generate_block(run, i)

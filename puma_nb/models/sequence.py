@@ -60,7 +60,7 @@ class Sequence:
         self.words += [words] * n
 
 def build_sequence(
-    segments,        # Of a sample: dicts with kind, text (or ids), image, supervised
+    segments,        # Of a sample: a list of `Segment`
     tokenizer,
     stop: int = 0,   # Scale after which supervised images end
     source: int = 0, # Scale after which images end that are only read

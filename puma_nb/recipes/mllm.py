@@ -270,7 +270,7 @@ def dashboard(
 # %% ../../nbs/03b_training.ipynb #f6aaaa91
 def plot_dashboard(d, ax=None):
     "Bars of the two errors and the variance for each scale."
-    ax = ax or plt.subplots(figsize=(6, 2.5), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(7.5, 2.5), layout="constrained")[1]
     x = np.arange(len(d["scale"]))
     labels = dict(teacher="error, teacher-forced", free="error, free-running",
                   variance="variance of predictions")
@@ -278,7 +278,8 @@ def plot_dashboard(d, ax=None):
         ax.bar(x + .27 * (k - 1), d[name], .25, label=label)
     ax.axhline(1, color="k", lw=.7, ls=":")
     ax.set_xticks(x, d["scale"])
-    ax.legend(fontsize=8)
+    ax.set(xlabel="scale", ylabel="1: that of the data")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 # %% ../../nbs/04_pretrain.ipynb #21490a4d

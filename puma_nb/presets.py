@@ -106,7 +106,7 @@ class MLLMPreset:
     # a written scale is shifted so that its 2x2 means are the coarser scale
     consistency: bool
     at_once: float          # share of training steps in which fine scales are written at once
-    whole_scale: int        # this scale and all finer ones add to parents, can be written at once
+    whole_scale: int        # from this scale on: written from parents, and at once if asked
     # "token": every learnt token counts alike; "segment": as 1 / sqrt(words of its segment)
     text_mean: str
     # of [IMG], [/IMG] and </s>, where "segment" keeps them out of the text's mean
@@ -296,7 +296,7 @@ _NANO["mllm"] |= dict(
     thin=(28, "ours: no step has many more tokens than one that stops at f2"),
     source_scale=(2, "ours: all five in 3.3"),
     attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
-    parent_path=(True, "ours: f1 and f0 fail without (chapter 3)"),
+    parent_path=(True, "ours: f1 and f0 fail without (chapter 3f)"),
     consistency=(True, "ours: Eq. 1 says that they must agree"),
     at_once=(0.5, "ours: the same weights write whole scales, too"),
     whole_scale=(1, "ours: f4 to f2 are few tokens"),

@@ -164,6 +164,7 @@ def edit(
     seed: int = 0,      # The first seed
     fast: store_true = False,  # Write whole scales at once
     plain: store_true = False, # Leave scales as they are written, without making them consistent
+    show_plan: store_true = False, # Print what the result is to show, as the model plans it
     json: str = None    # File for the numbers
 ):
     "Edit an image by an instruction: DIR/edit_0.png"
@@ -174,12 +175,13 @@ def edit(
     folder, puma = writable_folder(out), Puma(model)
     x = _photo(image, puma.side)
     consistent = False if plain else None
-    edited = []
+    plan, edited = puma.plan(x, instruction)[0], []
+    if show_plan: print(plan or "this model does not plan its edits")
     for s in range(seed, seed + n):
         edited.append(puma.edit(x, instruction, (i,), s, fast, consistent)[i][0])
     files = [str(save_image(y, folder / f"edit_{k}.png")) for k, y in enumerate(edited)]
     print("\n".join(files))
-    _numbers(json, dict(instruction=instruction, scale=i, files=files))
+    _numbers(json, dict(instruction=instruction, plan=plan, scale=i, files=files))
 
 # %% ../nbs/07_cli.ipynb #10d40f77
 def ask(

@@ -113,6 +113,7 @@ class MLLMPreset:
     structure_weight: float
     # share of learnt colour words that are fed in wrongly or not at all
     disturbed_words: float
+    edit_plan: bool         # before the image of an edit the model says what it will show
 
 # %% ../nbs/00b_presets.ipynb #3e20c9f2
 @dataclass(frozen=True)
@@ -303,6 +304,7 @@ _NANO["mllm"] |= dict(
     text_mean=("segment", "ours: a caption has twenty words, an answer one"),
     structure_weight=(0.03, "ours: a tenth of the text's"),
     disturbed_words=(0.15, "ours: against learnt pairs of words"),
+    edit_plan=(True, "ours: what changes, and what stays, is decided in words (chapter 5)"),
 )
 
 # %% ../nbs/00b_presets.ipynb #20f0aea6
@@ -328,6 +330,7 @@ _PLAIN = {"mllm": dict(
     text_mean=("token", "Eq. 2"),
     structure_weight=(0.0, _OFF),
     disturbed_words=(0.0, _OFF),
+    edit_plan=(False, _OFF),
 )}
 
 # %% ../nbs/00b_presets.ipynb #32b9fc90
@@ -498,6 +501,7 @@ _PAPER["mllm"] |= dict(
     text_mean=("token", "Eq. 2"),
     structure_weight=(0.0, _OFF),
     disturbed_words=(0.0, _OFF),
+    edit_plan=(False, _OFF),
 )
 
 # %% ../nbs/00b_presets.ipynb #e10d097b

@@ -69,19 +69,24 @@ class Puma:
         return self.paint(b, scales, seeds, fast, consistent)
 
     def edit(
-        self, images, instructions, scales=(2,), seeds=0, fast=False, consistent=None
+        self, images, instructions, scales=(2,), seeds=0, fast=False, consistent=None,
+        plans=None      # What the results show, in words; None: as the model plans
     ): # {scale: N x 3 x H x W}
-        "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4)."
-        segments = _edit_segments(images, instructions)
-        b = self.prompts(segments, images, source=min(self.source_scale, *scales))
-        return self.paint(b, scales, seeds, fast, consistent)
+        "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4), a plan before the last."
+        plans = self.plan(images, instructions) if plans is None else each(plans, images, "plan")
+        segments = _edit_segments(images, instructions, plans)
+        return _repaint(self, images, segments, scales, seeds, fast, consistent)
+
+    def plan(self, images, instructions): # List of texts
+        "What edited images will show (ours, chapter 5); empty if the model has not learnt to plan."
+        return _plans(self, images, instructions)
 
     def condition(
         self, images, captions, scales=(2,), seeds=0, fast=False, consistent=None
     ): # {scale: N x 3 x H x W}
         "Colourised images; `images` are gray."
-        asked = _coloring_instructions(images, captions)
-        return self.edit(images, asked, scales, seeds, fast, consistent)
+        segments = _edit_segments(images, _coloring_instructions(images, captions))
+        return _repaint(self, images, segments, scales, seeds, fast, consistent)
 
     def reconstruct(self, images, scales=SCALES, seeds=0): # {scale: N x 3 x H x W}
         "Encode and decode; the language model has no part in it."
@@ -150,14 +155,33 @@ def _caption_segments(prompts):
                         "say \"a red circle at the top left on a white ground\"")
     return [[text_segment(p, False)] for p in prompts]
 
-def _edit_segments(images, instructions):
-    "`[IMG] source [/IMG] instruction`"
-    instructions = each(instructions, images, "instruction")
-    return [[image_segment(k, False), text_segment(i, False)] for k, i in enumerate(instructions)]
+def _edit_segments(images, instructions, plans=None):
+    "`[IMG] source [/IMG] instruction`, and the plan if there is one"
+    rows = []
+    for k, told in enumerate(each(instructions, images, "instruction")):
+        rows.append([image_segment(k, False), text_segment(told, False)])
+        if plans and plans[k]: rows[k].append(text_segment(plans[k], False))
+    return rows
 
 def _coloring_instructions(images, captions):
     "The instruction that asks for colours, and the caption."
     return [f"{COLORIZE}. {c}" for c in each(captions, images, "caption")]
+
+# %% ../nbs/03e_puma.ipynb #9511734d
+def _plans(puma, images, instructions): # List of texts
+    "What the model writes between an instruction and [IMG]."
+    if not puma.model.config.edit_plan: return [""] * len(images)
+    b = puma.prompts(_edit_segments(images, instructions), images, image=False)
+    said = []
+    for pieces in generate(puma.model, b, stop=4, go_on=False):
+        words = pieces[0] if pieces and isinstance(pieces[0], list) else []
+        said.append(puma.tokenizer.decode(words).strip())
+    return said
+
+def _repaint(puma, images, segments, scales, seeds, fast, consistent): # {scale: N x 3 x H x W}
+    "Paint from sources; these are read as finely as is painted, and down to `source_scale`."
+    b = puma.prompts(segments, images, source=min(puma.source_scale, *scales))
+    return puma.paint(b, scales, seeds, fast, consistent)
 
 # %% ../nbs/03e_puma.ipynb #1b3968ab
 def _question_segments(images, questions):

@@ -12,7 +12,7 @@ from puma_nb.world.samples import train_tokenizer, world_samples
 
 PICO = get_preset("pico").mllm
 OURS = dict(parent_path=False, consistency=False, at_once=0.0, text_mean="token",
-            structure_weight=0.0, disturbed_words=0.0)
+            structure_weight=0.0, disturbed_words=0.0, edit_plan=False)
 FAMILIES = ("t2i", "caption", "ground", "question", "edit", "condition", "read", "passage")
 ORDER = [(i, k) for i in COARSE_TO_FINE for k in range(TOKENS[i])]  # f4, f3 x 4, ... f0 x 256
 KEYS = {"ids", "slot", "loss_mask", "mask", "words", "features"}
@@ -54,6 +54,7 @@ def test_what_is_ours_is_off(name):
     assert loss_weights(m)["structure"] == 0
     model = build_mllm(small(name))
     assert model.path is None and not model.config.parent_path and not model.config.consistency
+    assert not model.config.edit_plan
     assert not any("path" in n for n, _ in model.named_parameters())
 
 

@@ -42,7 +42,9 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     sizes = dict(
         t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions,
         question=w.pairs, read=w.pairs)
-    extra = dict(question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS))
+    extra = dict(
+        question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS),
+        edit=dict(plan=preset.mllm.edit_plan))
     samples = {}
     for b, n in sizes.items():
         samples[b] = world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {}))

@@ -156,11 +156,14 @@ def disturb_words(
 ): # B x L: the ids to feed in
     "Feed in some learnt words wrongly, or not at all; what is learnt stays."
     fed, known = b.ids.clone(), np.array(words)
+    painted = b.loss_mask & (b.slot >= 0)
+    planned = painted.flip(1).cumsum(1).flip(1) > 0  # a picture follows: it must trust its plan
+    may = b.loss_mask & ~planned
     for r, key in enumerate(keys):
         draws = np_rng("words", *key).random((fed.shape[1], 3))  # a token's own three numbers
         chance, kind, which = draws.T
-        learn, ids = b.loss_mask[r].numpy(), fed[r].numpy()
-        hit = np.isin(ids, known) & learn & (chance < share)
+        ids = fed[r].numpy()
+        hit = np.isin(ids, known) & may[r].numpy() & (chance < share)
         other = known[(which * len(known)).astype(int)]
         wrong = np.where(kind < .5, pad, other)
         fed[r] = torch.from_numpy(np.where(hit, wrong, ids))

@@ -53,7 +53,10 @@ def question_sample(
     return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], segments, scene, first)
 
 # %% ../../nbs/00l_samples.ipynb #bb1b3a06
-def edit_sample(scene, rng, kinds=EDITS): # None where the scene does not allow the edit
+def edit_sample(
+    scene, rng, kinds=EDITS,
+    plan: bool = False # Whether the target's caption is to be written before it (ours)
+): # None where the scene does not allow the edit
     "`[IMG] source [/IMG] instruction [IMG] target [/IMG]`"
     kind = str(rng.choice(kinds))
     found = edit(scene, kind, rng)
@@ -62,7 +65,9 @@ def edit_sample(scene, rng, kinds=EDITS): # None where the scene does not allow 
     # A target of training is never one of validation
     if split_of(target) != split_of(scene): return None
     pictures = [draw_scene(scene), draw_scene(target)]
-    segments = [image_segment(0, False), text_segment(instruction, False), image_segment(1, True)]
+    segments = [image_segment(0, False), text_segment(instruction, False)]
+    if plan: segments.append(text_segment(caption(target), True))
+    segments.append(image_segment(1, True))
     return _sample("edit", f"edit_{kind}", pictures, segments, target, instruction)
 
 def condition_sample(

@@ -29,7 +29,7 @@ class PumaConfig(PreTrainedConfig):
         self, text_config=None, feature_size=96, preset="nano", source_scale=2, image_ids=(2, 3),
         head="regression", first_scale=4, # for variants (chapter 3f)
         parent_path=False, consistency=False, whole_scale=1, # ours (chapter 3c)
-        edit_plan=False, # ours (chapter 5)
+        edit_plan=False, # has it been tuned to plan its edits? (ours, chapter 5)
         **kwargs
     ):
         source_scale = kwargs.pop("read_scale", source_scale)  # as models of before say it
@@ -156,7 +156,7 @@ def build_mllm(
     config = PumaConfig(
         text_config(m, tokenizer), preset.encoder.hidden_size, preset.name, m.source_scale,
         image_ids(tokenizer) if tokenizer else (2, 3), m.head, m.first_scale,
-        m.parent_path, m.consistency, m.whole_scale, m.edit_plan, tie_word_embeddings=m.tied)
+        m.parent_path, m.consistency, m.whole_scale, tie_word_embeddings=m.tied)
     model = PumaForConditionalGeneration(config)
     if stats:
         model.feature_mean.copy_(stats.mean)

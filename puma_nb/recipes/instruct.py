@@ -84,6 +84,7 @@ def _instruct_scores(preset, out, seed, device): # (gates, report)
 def _instruct_task(preset, out, seed, device, progress, data): # A task that watches itself
     "The pretrained model, and the samples that it is tuned on."
     model, tokenizer = load_mllm(out, "pretrain", device)
+    model.config.edit_plan = preset.mllm.edit_plan and not data  # real sets have no captions
     encoder = load_encoder(out, device)
     samples = partial(instruct_samples, preset, seed)
     task = task_for(

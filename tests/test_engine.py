@@ -1,9 +1,10 @@
 """The loop over processes: DDP and fully_shard give one process's losses, runs move between them,
 configurations are valid."""
-import json, os, subprocess, sys
+import json, os
 from types import SimpleNamespace
 import pytest
 import torch
+from processes import run as in_processes
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -127,26 +128,13 @@ def launched(name):
     return env | ({"DS_ACCELERATOR": "cpu"} if args.use_deepspeed else {})
 
 
-def torchrun(processes):
-    "The command that starts so many processes, up to the script's name."
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(processes),
-    ]
-
-
 def run(root, out, how, processes, steps=99):
     "Train 20 steps (or until `steps`) in so many real processes; asserts that there were as many."
     script = root.parent / "worker.py"
     script.write_text(WORKER)
-    launch = [sys.executable]
-    if processes > 1: launch = torchrun(processes)
     told = launched(how) if how in ("fsdp2", "zero3") else {}
-    done = subprocess.run(
-        [*launch, str(script), str(root), str(out), how, str(steps)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **told},
-    )
+    said = out.with_name(out.name + "_said")
+    done = in_processes(script, (root, out, how, steps), said, processes, told)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(l) for l in done.stdout.splitlines() if l.startswith("{")]
     assert len(said) == processes
@@ -320,10 +308,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     and the run goes on from it."""
     script = tmp_path / "full.py"
     script.write_text(FULL)
-    start = lambda limit: subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "system"), str(limit)],
-        capture_output=True, text=True, timeout=300,
-    )
+    start = lambda limit: in_processes(script, (tmp_path / "system", limit), tmp_path / "said")
     full = start(20_000)  # less than a checkpoint
     assert (
         full.returncode == 2
@@ -378,10 +363,7 @@ def toy(tmp_path, code, ok=True):
     "Two processes that run `code` after `TOY`."
     script = tmp_path / "toy.py"
     script.write_text(TOY + code)
-    done = subprocess.run(
-        [*torchrun(2), str(script), str(tmp_path)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = in_processes(script, (tmp_path,), tmp_path / "said", 2, patience=120)
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
     return done
 

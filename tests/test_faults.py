@@ -1,14 +1,16 @@
 """Killed again and again, in saves too, a run ends in the weights of one that was left alone.
 
-A server holds the imports and forks, so that a run starts in no time and dozens of kills fit into a
-few minutes. By hand, over a longer run:
+Runs are forked (processes.py) and start in no time, so that dozens of kills fit into a few minutes.
+Each has one thread. By hand, over a longer run:
 
     python tests/test_faults.py --stage pretrain --scale_steps 0.1 --kills 1 --model DIR
 """
-import argparse, multiprocessing, os, random, shutil, signal, time
+import argparse, os, random, shutil, signal, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
+import processes
+from processes import CLI
 from puma_nb.training.log import read_log
 
 KILLS = 50
@@ -17,33 +19,16 @@ LANES = 2  # runs beside each other, with a thread each
 SPEED = {"samples_per_second", "tokens_per_second", "data_share", "memory_gb", "mfu", "seconds"}
 
 
-def work(argv, said, threads):
-    "A run in a process of its own; what it says goes to a file."
-    import torch
-    text = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(text, 1)
-    os.dup2(text, 2)
-    torch.set_num_threads(threads)
-    from puma_nb.cli import main
-    os._exit(main(list(map(str, argv))))
-
-
-def start(argv, threads=2):
-    "Begin a run; the file beside its folder is for what it says."
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["puma_nb.cli", "puma_nb.recipes.system"])
-    process = server.Process(
-        target=work,
-        args=(argv, str(Path(argv[argv.index("--out") + 1]).with_suffix(".said")), threads),
-    )
-    process.start()
-    return process
+def start(argv):
+    "Begin a run; the files beside its folder are for what it says."
+    said = Path(argv[argv.index("--out") + 1]).with_suffix(".said")
+    return processes.start(CLI, argv, said)
 
 
 def ends(process, patience=1800):
     "Wait for a run that nobody kills."
     process.join(patience)
-    assert process.exitcode == 0, "see the .said file beside the folder"
+    assert process.exitcode == 0, "see the .said files beside the folder"
 
 
 def unfinished(folder):
@@ -62,12 +47,12 @@ def held(process, folder, before):
     return False
 
 
-def kill_often(argv, folder, kills, longest, threads=2, seed=0):
+def kill_often(argv, folder, kills, longest, seed=0):
     "Start, kill, resume ...; then let it end. Returns (kills, those in the middle of a save)."
     rng, struck, in_save = random.Random(seed), 0, 0
     while struck < kills:
         before, at_save, wait = unfinished(folder), struck % 2 == 1, rng.uniform(.05, longest)
-        process = start([*argv, "--resume"], threads)
+        process = start([*argv, "--resume"])
         deadline = time.time() + wait
         while process.is_alive() and time.time() < deadline: time.sleep(.002)
         while (
@@ -87,7 +72,7 @@ def kill_often(argv, folder, kills, longest, threads=2, seed=0):
         for left in unfinished(folder):
             if Path(left).is_dir() and rng.random() < .5:
                 shutil.rmtree(left)  # half of it stays
-    ends(start([*argv, "--resume"], threads))
+    ends(start([*argv, "--resume"]))
     return struck, in_save
 
 
@@ -115,7 +100,7 @@ def test_fifty_kills_change_nothing(tmp_path):
         "cpu", "--out",
     )
     begun = time.time()
-    ends(start([*argv, tmp_path / "straight"], threads=1))
+    ends(start([*argv, tmp_path / "straight"]))
     longest = (time.time() - begun) / 4
 
     def killed(lane):
@@ -125,7 +110,7 @@ def test_fifty_kills_change_nothing(tmp_path):
             out = tmp_path / f"killed{lane}_{k}"
             out.mkdir()
             kills = max(6, KILLS // LANES - struck)
-            counts = kill_often([*argv, out], out, kills, longest, 1, seed=10 * lane + k)
+            counts = kill_often([*argv, out], out, kills, longest, seed=10 * lane + k)
             same(tmp_path / "straight", out)
             struck, in_save, k = struck + counts[0], in_save + counts[1], k + 1
         return struck, in_save

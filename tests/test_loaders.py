@@ -566,7 +566,7 @@ dist.destroy_process_group()
 def test_two_processes_read_every_sample_once_also_when_resumed(tmp_path):
     """16 shards of one set and 4 of another, shares 3 to 1: a run of exactly one and a half
     thousand positions, cut in the middle."""
-    import subprocess, sys
+    import processes
     said = {"laion-2b": [], "laion-aesthetics": []}
     for name, shards, rows in (("laion-2b", 16, 60), ("laion-aesthetics", 4, 80)):
         (tmp_path / name).mkdir()
@@ -583,13 +583,7 @@ def test_two_processes_read_every_sample_once_also_when_resumed(tmp_path):
     script.write_text(READER)
     # 1,280 positions draw 960 of the first set and 320 of the second: one epoch of each
     for begin, end in ((0, 503), (503, 1280)):
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                "2", str(script), str(tmp_path), str(tmp_path), str(begin), str(end),
-            ],
-            capture_output=True, text=True, timeout=300,
-        )
+        done = processes.run(script, (tmp_path, tmp_path, begin, end), tmp_path / "said", 2)
         assert done.returncode == 0, done.stderr[-2000:]
     read = Counter(t for f in tmp_path.glob("*_?.json") for t in json.loads(f.read_text()))
     first = [t for t in read.elements() if t.startswith("laion-2b")]

@@ -3,6 +3,8 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
+import processes
+from processes import CLI
 from puma_nb.cli import main
 from puma_nb.training.log import read_log
 
@@ -43,13 +45,11 @@ def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
         "train", "--preset", "pico", "--stage", "pretrain", "--scale-steps", 200, "--quiet",
         "--out",
     )
-    subprocess.run(command(*argv, straight), check=True, capture_output=True)
-    process = subprocess.Popen(
-        command(*argv, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    assert processes.run(CLI, (*argv, straight), tmp_path / "said").returncode == 0
+    process = processes.start(CLI, (*argv, killed), tmp_path / "killed_said")
     log, deadline = killed / "pretrain" / "log.jsonl", time.time() + 300
     # wait until it is past its first checkpoint, and not at a checkpoint
-    while time.time() < deadline and process.poll() is None:
+    while time.time() < deadline and process.is_alive():
         if (
             log.exists()
             and (rows := log.read_text().splitlines())
@@ -57,11 +57,11 @@ def test_sigkill_and_resume_bit_for_bit(system, tmp_path):
         ):
             break
         time.sleep(0.02)
-    assert process.poll() is None, "it finished before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.is_alive(), "it finished before it could be killed"
+    process.kill()
+    process.join()
     assert not (killed / "pretrain" / "stage.json").exists()
-    subprocess.run(command(*argv, killed, "--resume"), check=True, capture_output=True)
+    assert processes.run(CLI, (*argv, killed, "--resume"), tmp_path / "said").returncode == 0
     assert exact(log) == exact(straight / "pretrain" / "log.jsonl")
     one, other = (f / "pretrain" / "model.safetensors" for f in (killed, straight))
     assert one.read_bytes() == other.read_bytes()
@@ -155,13 +155,7 @@ def test_two_processes_give_the_gradient_of_one(kind, system, tmp_path):
     script.write_text(WORKER)
     for n in (1, 2):
         target = tmp_path / f"{n}.pt"
-        launch = [sys.executable]
-        if n == 2:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*launch, str(script), kind, str(system), str(target)],
-            capture_output=True, text=True, timeout=300,
-        )
+        done = processes.run(script, (kind, system, target), tmp_path / "said", n)
         assert done.returncode == 0, done.stderr[-2000:]
         results[n] = torch.load(target, weights_only=True)
     assert results[2]["processes"] == 2 and "MULTI_CPU" in results[2]["kind"]

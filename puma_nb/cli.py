@@ -567,6 +567,10 @@ def _run(name, words): # Exit code
     "Run a command; what the user can mend, or asked for, is one line."
     try:
         COMMANDS[name](**_parse(name, words))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # as in `puma-nb plan | head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as e: return _say(f"puma-nb {name}: {e}", 2)
     except OSError as e:

@@ -55,7 +55,7 @@ def as_torchrun(rank, processes, port):
 
 
 def wait(started, patience):
-    "Wait for all; if one fails the others are ended, as torchrun does. The first code that is not 0."
+    "Wait for all, or for the first that fails; the others are ended then. Its code, or 0."
     deadline = time.time() + patience
     while any(p.is_alive() for p in started) and time.time() < deadline:
         if any(p.exitcode for p in started): break
@@ -71,7 +71,7 @@ def wait(started, patience):
 
 
 def run(what, argv, folder, processes=1, env=None, threads=1, patience=300):
-    "Run a script (or the command line) to its end, like `subprocess.run`; `folder` takes its files."
+    "Run a script (or the command line) to its end; `folder` takes what it says."
     folder, port, started = Path(folder), free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("said_*"): old.unlink()

@@ -63,7 +63,7 @@ def _center_square(x):
     return x[..., top:top + side, left:left + side]
 
 def _resized(x, side):
-    "Pictures in 0..1, squeezed or scaled_steps to side x side."
+    "Pictures in 0..1, squeezed or stretched to side x side."
     x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return x.clamp(0, 1)
 

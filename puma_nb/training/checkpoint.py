@@ -62,8 +62,9 @@ def save_checkpoint(
     try:
         tmp.mkdir(parents=True)
         _write_parts(tmp, step, held, ema, state)
-        if final.exists():
-            os.replace(final, aside)  # the same step, there until the new one is
+        if final.exists():  # the same step: it is there until the new one is
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
         os.replace(tmp, final)
         shutil.rmtree(aside, ignore_errors=True)
         drop_old(folder, keep)
@@ -75,8 +76,13 @@ def save_checkpoint(
 
 # %% ../../nbs/00n_checkpoint.ipynb #61caa837
 def checkpoints(folder): # Oldest first
-    "The finished checkpoints of a stage."
-    return sorted(p for p in Path(folder).glob("step_*") if not p.name.endswith(".tmp"))
+    "The finished checkpoints of a stage; one that was put aside counts if nothing took its place."
+    found = []
+    for p in sorted(Path(folder).glob("step_*")):
+        replaced = p.with_name(p.name.removesuffix("_before"))
+        whole = p.suffix != ".tmp" and (p == replaced or not replaced.exists())
+        if whole: found.append(p)
+    return found
 
 def drop_old(folder, keep: int = 2):
     "Delete all checkpoints but the last ones."

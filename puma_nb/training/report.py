@@ -71,6 +71,13 @@ def finish_stage(
     save_json(dict(stage=name, settings=asdict(stage), gates=gates, **report), out / "stage.json")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
+# %% ../../nbs/00r_report.ipynb #8e20ec81
+def _speed(task, stage, log): # dict
+    "The speed, or why it could not be measured: its step may want memory that is not there."
+    try: return speed_report(task, stage, log)
+    except RuntimeError as e:
+        return dict(not_measured=(str(e).splitlines() or [type(e).__name__])[0])
+
 # %% ../../nbs/00r_report.ipynb #7573d5a2
 def run_stage(
     name: str,          # Of the stage, and of its folder in `out`
@@ -82,14 +89,14 @@ def run_stage(
     title: str = None,  # For the progress bar
     **kwargs            # For `fit`
 ):
-    "Train, save, measure, report."
+    "Train, save, measure, report; what cannot be measured loses nothing that was saved."
     log = fit(task, stage, Path(out) / name, name=title or name, **kwargs)
     read = task.report()
     if not is_main(): return
     if read: print("\n".join(read.values()), flush=True)
-    speed = speed_report(task, stage, log)
     gates, found = measure(log)
     took = round(time.time() - begun)
+    speed = _speed(task, stage, log)
     finish_stage(out, name, stage, gates, seconds=took, data=read, **found, speed=speed)
 
 # %% ../../nbs/00r_report.ipynb #8232c9da

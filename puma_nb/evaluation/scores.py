@@ -90,7 +90,7 @@ def sign_score(
     seed: int = 5
 ): # {"accuracy", "chance", "n"}
     "Signs of validation that are read rightly."
-    signs = world_samples("read", 4 * n + 20, "val", seed)
+    signs = preset_samples(puma.preset, "read", 4 * n + 20, "val", seed)
     digits = kind == "digit"
     rows = [s for s in signs if s["answer"].isdigit() == digits][:n]
     said = []
@@ -109,7 +109,7 @@ def question_score(
     batch: int = 100
 ): # {"accuracy", "chance", "n"}
     "Share of right answers, and what the most frequent answer would score."
-    rows = world_samples("question", n, split, seed, puma.preset.world.max_objects, kinds=(kind,))
+    rows = preset_samples(puma.preset, "question", n, split, seed, kinds=(kind,))
     said = []
     for k in range(0, n, batch):
         part = rows[k:k + batch]
@@ -121,10 +121,9 @@ def question_score(
 # %% ../../nbs/03h_scores.ipynb #b5fa9270
 def _to_edit(puma, kind, n, split, seed): # samples
     "Samples of one kind of edit, or gray pictures."
-    most = puma.preset.world.max_objects
     if kind == "colorize":
-        return world_samples("condition", n, split, seed, most)
-    return world_samples("edit", n, split, seed, most, kinds=(kind,))
+        return preset_samples(puma.preset, "condition", n, split, seed)
+    return preset_samples(puma.preset, "edit", n, split, seed, kinds=(kind,))
 
 # %% ../../nbs/03h_scores.ipynb #7c8c4a36
 def edit_score(

@@ -408,12 +408,11 @@ def asked_row(puma: Puma, skill, samples, questions): # A row
 def question_rows(puma: Puma, split: str, n: int, seed: int): # One row a kind
     "Questions about scenes, and signs to read."
     rows = []
-    most = puma.preset.world.max_objects
     for kind in ("yesno", "what"):
-        samples = world_samples("question", n, split, seed, most, kinds=(kind,))
+        samples = preset_samples(puma.preset, "question", n, split, seed, kinds=(kind,))
         questions = [s["segments"][2].text for s in samples]
         rows.append(asked_row(puma, f"vqa_{kind}", samples, questions))
-    signs = world_samples("read", 4 * n + 20, split, seed)
+    signs = preset_samples(puma.preset, "read", 4 * n + 20, split, seed)
     for kind in ("digit", "word"):
         digits = kind == "digit"
         samples = [s for s in signs if s["answer"].isdigit() == digits][:n]
@@ -446,11 +445,10 @@ def caption_rows(puma: Puma, scenes): # Two rows
 # %% ../../nbs/06_eval.ipynb #a2790b20
 def edit_samples(puma: Puma, kind: str, split: str, n: int, seed: int): # (sources, told, asked)
     "Pictures to edit or to colourise, what is said about them, and the scenes that are asked for."
-    most = puma.preset.world.max_objects
     if kind == "colorize":
-        samples = world_samples("condition", n, split, seed, most)
+        samples = preset_samples(puma.preset, "condition", n, split, seed)
     else:
-        samples = world_samples("edit", n, split, seed, most, kinds=(kind,))
+        samples = preset_samples(puma.preset, "edit", n, split, seed, kinds=(kind,))
     asked = [scene_from_json(s["scene"]) for s in samples]
     if kind == "colorize":
         told = list(map(caption, asked))

@@ -143,15 +143,11 @@ def from_llama(
     folder,             # A LLaMA checkpoint, as `save_pretrained` writes it
     tokenizer,          # Its tokenizer after `add_puma_tokens`
     stats: FeatureStats, # Of the image encoder
-    preset: str = "nano",
-    source_scale: int = 2
+    preset: Preset      # Says how images are written; the language model's sizes are the folder's
 ): # A `PumaForConditionalGeneration`
     "A multi-granular model around an existing language model."
     llama = _load_llama(folder, len(tokenizer))
-    c, width = llama.config, stats.mean.shape[1]
-    config = PumaConfig(c.to_dict(), width, preset, source_scale, image_ids(tokenizer),
-                        tie_word_embeddings=c.tie_word_embeddings)
-    model = PumaForConditionalGeneration(config)
+    model = PumaForConditionalGeneration(puma_config(preset, llama.config, image_ids(tokenizer)))
     model.language_model.load_state_dict(llama.state_dict())
     model.feature_mean.copy_(stats.mean)
     model.feature_std.copy_(stats.std)

@@ -47,7 +47,7 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
         edit=dict(plan=preset.mllm.edit_plan))
     samples = {}
     for b, n in sizes.items():
-        samples[b] = world_samples(b, n, "train", seed, w.max_objects, **extra.get(b, {}))
+        samples[b] = preset_samples(preset, b, n, "train", seed, **extra.get(b, {}))
     return samples
 
 # %% ../../nbs/05_instruct.ipynb #f792e0ff

@@ -27,7 +27,7 @@ def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     for name in PRETRAIN_SHARES:
         size = w.pairs
         if name == "passage": size = w.conditions
-        samples[name] = world_samples(name, size, "train", seed, w.max_objects)
+        samples[name] = preset_samples(preset, name, size, "train", seed)
     return samples
 
 # %% ../../nbs/04_pretrain.ipynb #f5e14d10
@@ -301,8 +301,7 @@ def start_mllm(
     _check_words(llama, tokenizer)
     m = preset.mllm
     def grow(folder):
-        return from_llama(
-            folder, tokenizer, stats, preset.name, m.source_scale)
+        return from_llama(folder, tokenizer, stats, preset)
     return _taken(
         llama, grow, ("llama",), hidden_size=m.hidden_size, num_hidden_layers=m.layers,
         num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, intermediate_size=m.mlp_size)

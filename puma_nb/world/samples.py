@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'SEGMENT', 'SAMPLE', 't2i_sample', 'caption_sample', 'question_sample', 'edit_sample', 'condition_sample',
            'read_sample', 'passage_sample', 'ground_caption', 'ground_sample', 'kind_of_edit', 'world_samples',
-           'as_dataset', 'pixels', 'train_tokenizer']
+           'preset_samples', 'as_dataset', 'pixels', 'train_tokenizer']
 
 # %% ../../nbs/00l_samples.ipynb #7a80e74d
 import io
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from ..core import *
 from ..data.segments import *
 from ..errors import *
+from ..presets import *
 from .drawing import *
 from .language import *
 
@@ -26,20 +27,20 @@ def _sample(family, skill, images, segments, scene, answer=""):
                 scene=scene.to_json(), answer=answer)
 
 # %% ../../nbs/00l_samples.ipynb #7bd62a6e
-def t2i_sample(scene, rng): # Text to image: the caption is given, the image is learnt
+def t2i_sample(scene, rng, side=32): # Text to image: the caption is given, the image is learnt
     "`caption [IMG] image [/IMG]`"
     segments = [text_segment(random_caption(scene, rng), False), image_segment(0, True)]
-    return _sample("t2i", "t2i", [draw_scene(scene)], segments, scene)
+    return _sample("t2i", "t2i", [draw_scene(scene, side)], segments, scene)
 
-def caption_sample(scene, rng): # Image to text: always the full caption
+def caption_sample(scene, rng, side=32): # Image to text: always the full caption
     "`[IMG] image [/IMG] caption`"
     said = caption(scene)
     segments = [image_segment(0, False), text_segment(said, True)]
-    return _sample("understand", "caption", [draw_scene(scene)], segments, scene, said)
+    return _sample("understand", "caption", [draw_scene(scene, side)], segments, scene, said)
 
 # %% ../../nbs/00l_samples.ipynb #65eab5b8
 def question_sample(
-    scene, rng, kinds=("yesno", "what"), turns=1
+    scene, rng, kinds=("yesno", "what"), turns=1, side=32
 ): # None where the scene has no such question
     "`system [IMG] image [/IMG] question answer ...`; the loss is on the answers alone (A.2.4)."
     asked = [str(k) for k in rng.choice(kinds, turns)]
@@ -50,11 +51,12 @@ def question_sample(
     for q, a in answers.items():
         segments += [text_segment(q, False), text_segment(a, True)]
     first = next(iter(answers.values()))
-    return _sample("understand", f"vqa_{asked[0]}", [draw_scene(scene)], segments, scene, first)
+    pictures = [draw_scene(scene, side)]
+    return _sample("understand", f"vqa_{asked[0]}", pictures, segments, scene, first)
 
 # %% ../../nbs/00l_samples.ipynb #bb1b3a06
 def edit_sample(
-    scene, rng, kinds=EDITS,
+    scene, rng, kinds=EDITS, side=32,
     plan: bool = False # Whether the target's caption is to be written before it (ours)
 ): # None where the scene does not allow the edit
     "`[IMG] source [/IMG] instruction [IMG] target [/IMG]`"
@@ -64,31 +66,31 @@ def edit_sample(
     instruction, target = found
     # A target of training is never one of validation
     if split_of(target) != split_of(scene): return None
-    pictures = [draw_scene(scene), draw_scene(target)]
+    pictures = [draw_scene(scene, side), draw_scene(target, side)]
     segments = [image_segment(0, False), text_segment(instruction, False)]
     if plan: segments.append(text_segment(caption(target), True))
     segments.append(image_segment(1, True))
     return _sample("edit", f"edit_{kind}", pictures, segments, target, instruction)
 
 def condition_sample(
-    scene, rng
+    scene, rng, side=32
 ): # With probability 0.5 the instruction goes before the caption (A.2.4)
     "`[IMG] gray [/IMG] caption [IMG] image [/IMG]`"
     prompt = (f"{COLORIZE}. " if rng.random() < .5 else "") + caption(scene)
-    picture = draw_scene(scene)
+    picture = draw_scene(scene, side)
     segments = [image_segment(0, False), text_segment(prompt, False), image_segment(1, True)]
     return _sample("condition", "colorize", [to_gray(picture), picture], segments, scene, prompt)
 
 # %% ../../nbs/00l_samples.ipynb #e66be4ca
-def read_sample(sign, rng): # Words to read: OCR-VQA, LLaVAR
+def read_sample(sign, rng, side=32): # Words to read: OCR-VQA, LLaVAR
     "`system [IMG] sign [/IMG] question answer`: as questions are, so that `ask` asks for both"
     what = "digit" if sign.words.isdigit() else "word"
     q = "what is written here?" if rng.random() < .3 else f"what {what} is written?"
     given = [text_segment(SYSTEM, False), image_segment(0, False), text_segment(q, False)]
     segments = given + [text_segment(sign.words, True)]
-    return _sample("understand", "read", [draw_scene(sign)], segments, sign, sign.words)
+    return _sample("understand", "read", [draw_scene(sign, side)], segments, sign, sign.words)
 
-def passage_sample(scene, rng): # The Pile
+def passage_sample(scene, rng, side=32): # The Pile
     "Text alone; all of it is learnt."
     t = passage(scene, rng)
     return _sample("understand", "passage", [], [text_segment(t, True)], scene, t)
@@ -99,14 +101,16 @@ def ground_caption(scene): # A caption in which each thing has its box
     phrases = [f"{article(t.color)} {t.shape} {box_tokens(box(t))}" for t in scene.things]
     return " and ".join(phrases) + f" on a {scene.ground} ground"
 
-def ground_sample(scene, rng): # Boxes in the prompt, or in the answer, half and half (A.2.2)
+def ground_sample(
+    scene, rng, side=32
+): # Boxes in the prompt, or in the answer, half and half (A.2.2)
     "`caption with boxes [IMG] image [/IMG]`, or `[IMG] image [/IMG] request caption with boxes`"
-    t = ground_caption(scene)
+    t, pictures = ground_caption(scene), [draw_scene(scene, side)]
     if rng.random() < .5:
         segments = [text_segment(t, False), image_segment(0, True)]
-        return _sample("t2i", "ground_t2i", [draw_scene(scene)], segments, scene, t)
+        return _sample("t2i", "ground_t2i", pictures, segments, scene, t)
     segments = [image_segment(0, False), text_segment(GROUND, False), text_segment(t, True)]
-    return _sample("understand", "ground_caption", [draw_scene(scene)], segments, scene, t)
+    return _sample("understand", "ground_caption", pictures, segments, scene, t)
 
 # %% ../../nbs/00l_samples.ipynb #bf282e02
 BUILDERS = dict(t2i=t2i_sample, caption=caption_sample, ground=ground_sample,
@@ -130,6 +134,7 @@ def world_samples(
     split: str = "train",
     seed: int = 0,
     max_objects: int = 2,
+    side: int = 32,        # Pixels
     **kwargs               # For the builder, say kinds=("add",)
 ): # A list of n samples whose images are uint8 tensors
     "Samples of one kind, from scenes 0, 1, 2, ... of a split."
@@ -140,10 +145,16 @@ def world_samples(
         if builder == "edit":
             kwargs["kinds"] = (kind_of_edit(len(out), seed, edits),)
         rng = np_rng("sample", seed, i, builder)
-        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), rng, **kwargs)
+        s = BUILDERS[builder](scene_of(seed, i, split, max_objects), rng, side=side, **kwargs)
         if s: out.append(s)
         i += 1
     return out
+
+# %% ../../nbs/00l_samples.ipynb #f430f729
+def preset_samples(preset: Preset, builder, n, split="train", seed=0, **kwargs): # A list
+    "`world_samples` as a preset draws them."
+    most, side = preset.world.max_objects, preset.encoder.image_size
+    return world_samples(builder, n, split, seed, most, side, **kwargs)
 
 # %% ../../nbs/00l_samples.ipynb #4d847198
 def _png(t):

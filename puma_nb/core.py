@@ -233,10 +233,10 @@ def show_images(
     for ax in axes.flat: _bare(ax)
     for k, ax in enumerate(axes.flat[:n]):
         _show(ax, images[k])
-        if titles: ax.set_title(titles[k], fontsize=8)
+        if titles: ax.set_title(titles[k], fontsize=8, parse_math=False)
     for ax, title in zip(axes[:, 0], rows_titles or []):
-        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
-    if suptitle: fig.suptitle(suptitle, fontsize=10)
+        ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
+    if suptitle: fig.suptitle(suptitle, fontsize=10, parse_math=False)
     fig.tight_layout(pad=0.4)
     return fig
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'SCALES', 'COARSE_TO_FINE', 'SIDES', 'TOKENS', 'tokens_until', 'UserError', 'Interrupted', 'parse_scale',
-           'reading', 'writable_folder', 'package_dir', 'seed_of', 'np_rng', 'budget', 'claim']
+           'reading', 'writable_folder', 'writable_file', 'checked_text', 'package_dir', 'seed_of', 'np_rng', 'budget',
+           'claim']
 
 # %% ../nbs/00a_errors.ipynb #6d026c47
 import hashlib, os
@@ -49,6 +50,11 @@ def reading(place, what: str): # what lies there, for the message
         raise UserError(f"{place}: the {what} there cannot be read ({reason})") from None
 
 # %% ../nbs/00a_errors.ipynb #a27945f5
+def _cannot_write(path, e):
+    "One line on a place that cannot be written to; a name that no file can have is a ValueError."
+    why = getattr(e, "strerror", None) or e
+    return UserError(f"cannot write to {str(path)[:80]!r}: {why}")
+
 def writable_folder(path): # A `Path`
     "Make a folder that can be written to, or say why it cannot be."
     try:
@@ -56,9 +62,28 @@ def writable_folder(path): # A `Path`
         probe = Path(path) / ".write"
         probe.touch()
         probe.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror or e}") from None
+    except (OSError, ValueError) as e: raise _cannot_write(path, e) from None
     return Path(path)
+
+def writable_file(path): # A `Path`
+    "A file that can be written, or why it cannot be; what stands in it stays."
+    try:
+        existed = Path(path).exists()
+        with open(path, "a"): pass
+        if not existed: Path(path).unlink()
+    except (OSError, ValueError) as e: raise _cannot_write(path, e) from None
+    return Path(path)
+
+# %% ../nbs/00a_errors.ipynb #e099106a
+def checked_text(text, what: str): # say "prompt"
+    "The text, if it is one and says something."
+    if not isinstance(text, str):
+        raise UserError(f"the {what} must be a text, not {type(text).__name__}")
+    if not text.strip(): raise UserError(f"the {what} is empty")
+    try: text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"the {what} holds half a character: write it as UTF-8") from None
+    return text
 
 # %% ../nbs/00a_errors.ipynb #300caf09
 def package_dir(name: str): # "weights" or "data_cards"

@@ -139,9 +139,7 @@ def each(texts, images, what): # One text for each image
     if len(texts) != len(images):
         raise UserError(f"{len(images)} images but {len(texts)} {what}s: "
                         "give one for each, or one for all")
-    if not all(t.strip() for t in texts):
-        raise UserError(f"the {what} is empty")
-    return texts
+    return [checked_text(t, what) for t in texts]
 
 # %% ../nbs/03e_puma.ipynb #5b19a8ef
 def _as_list(prompts):
@@ -150,10 +148,8 @@ def _as_list(prompts):
 def _caption_segments(prompts):
     "`caption`"
     prompts = _as_list(prompts)
-    if not prompts or not all(p.strip() for p in prompts):
-        raise UserError("the prompt is empty: describe a picture, "
-                        "say \"a red circle at the top left on a white ground\"")
-    return [[text_segment(p, False)] for p in prompts]
+    if not prompts: raise UserError("no prompt: describe a picture")
+    return [[text_segment(checked_text(p, "prompt"), False)] for p in prompts]
 
 def _edit_segments(images, instructions, plans=None):
     "`[IMG] source [/IMG] instruction`, and the plan if there is one"

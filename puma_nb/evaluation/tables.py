@@ -97,8 +97,7 @@ def _table_1_images(preset, n, seed, source, resize): # (N x 3 x H x W, {reason:
 def _table_1_protocol(puma, x, source, left_out, resize, trunk): # {name: value}
     "What one must know to compare these numbers with others."
     d = puma.preset.decoder
-    latents = puma.decoders.latents
-    floor = latents.decode(latents.encode(x)).cpu()
+    floor = puma.decoders.latents.round_trip(x)
     if not source: resize = "none"
     return dict(
         images=str(source or "world, validation split"), left_out=left_out or "none",

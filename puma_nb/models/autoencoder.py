@@ -63,9 +63,15 @@ class Latents:
             x = self.vae.decode(z.to(memory_format=memory_format(z.device))).sample.float()
         return (x / 2 + 0.5).clamp(0, 1)
 
-    def encode_many(self, images, batch=200):
+    def encode_many(self, images):
         "Latents on the CPU, some pictures at a time."
-        return torch.cat([self.encode(p).cpu() for p in images.split(batch)])
+        parts = images.split(fitting(images.shape[-1], most=200))
+        return torch.cat([self.encode(p).cpu() for p in parts])
+
+    def round_trip(self, images): # N x 3 x H x W in 0..1
+        "What comes back of pictures, some at a time."
+        parts = images.split(fitting(images.shape[-1]))
+        return torch.cat([self.decode(self.encode(p)).cpu() for p in parts])
 
     def save(self, path):
         "Write the autoencoder, with mean and standard deviation in its configuration."

@@ -307,7 +307,8 @@ class Decoders:
         seeds=0,                 # One seed, or one for each row
         steps: int = None,       # The preset's by default, and so are guidance and sampler
         guidance: float = None, sampler: str = None,
-        batch: int = 100, bf16: bool = True, anneal: float = 0.0
+        batch: int = None, # As many as fit, by default
+        bf16: bool = True, anneal: float = 0.0
     ): # B x 3 x H x W
         "Images of features of one scale."
         d = self.preset.decoder
@@ -316,7 +317,7 @@ class Decoders:
         seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
         steps = steps or d.sampling_steps
         guidance = d.guidance if guidance is None else guidance
-        images = []
+        batch, images = batch or fitting(self.preset.autoencoder.image_size), []
         for k in range(0, len(features), batch):
             x = pipe(features[k:k + batch], self.null[scale], self.latents, steps, guidance,
                      seeds[k:k + batch], bf16, anneal)

@@ -82,7 +82,7 @@ def own_pictures(preset: Preset, source, progress=False): # N x 3 x H x W uint8
 
 def _measure_autoencoder(preset, latents, shown, scenes): # {gate: (value, least value wanted)}
     "How well pictures come back; without scenes the oracle is not asked."
-    back = torch.cat([latents.decode(latents.encode(p)).cpu() for p in shown.split(100)])
+    back = latents.round_trip(shown)
     gates = dict(psnr=(psnr(back, shown.float() / 255).mean(), 28))
     if scenes:
         scores = score_scenes(scenes, [detect_scene(x) for x in back])

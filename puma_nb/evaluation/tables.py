@@ -484,6 +484,7 @@ def _world_protocol(puma, split, seed): # {name: value}
         split=split, seed=seed, prompts="full captions", judge="detect_scene",
         intervals="95%: Wilson for yes or no, else bootstrap over scenes",
         edits="sources read down to the scale that is painted, f2 at least",
+        edit_plan=puma.model.config.edit_plan,
         guidance=puma.preset.decoder.guidance,
         consistency=puma.model.config.consistency)
 

@@ -95,6 +95,7 @@ def demo(
     seed: int = 0,         # The first of two seeds
     fast: store_true = False,  # Write whole scales at once
     plain: store_true = False, # Leave scales as they are written, without making them consistent
+    dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None       # File for the numbers
 ):
     "One prompt at five scales, with two seeds: DIR/demo.png"
@@ -102,7 +103,7 @@ def demo(
     _without_window()
     from puma_nb.puma import Puma
     from puma_nb.world.oracle import parse_caption
-    folder, puma, seeds = writable_folder(out), Puma(model), (seed, seed + 1)
+    folder, puma, seeds = writable_folder(out), Puma(model, dtype=dtype), (seed, seed + 1)
     consistent = False if plain else None
     rows = [puma.generate(prompt, SCALES, s, fast, consistent) for s in seeds]
     fig = _show_demo(rows, seeds, prompt)
@@ -142,6 +143,7 @@ def generate(
     seed: int = 0,      # The first seed
     fast: store_true = False,  # Write whole scales at once
     plain: store_true = False, # Leave scales as they are written, without making them consistent
+    dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the numbers
 ):
     "Images for a caption: DIR/f4_0.png, ..."
@@ -149,7 +151,7 @@ def generate(
     if n < 1: raise UserError("--n must be at least 1")
     scales = None if scale == "auto" else _scales(scale)
     from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model)
+    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
     how = dict(fast=fast, consistent=False if plain else None)
     seeds, used = range(seed, seed + n), set()
     for part in _parts_of(seeds):
@@ -173,6 +175,7 @@ def edit(
     fast: store_true = False,  # Write whole scales at once
     plain: store_true = False, # Leave scales as they are written, without making them consistent
     show_plan: store_true = False, # Print what the result is to show, as the model plans it
+    dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the numbers
 ):
     "Edit an image by an instruction: DIR/edit_0.png"
@@ -180,7 +183,7 @@ def edit(
     i = parse_scale(scale)
     from puma_nb.core import save_image
     from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model)
+    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
     x = _photo(image, puma.side)
     consistent = False if plain else None
     plan, edited = puma.plan(x, instruction)[0], []
@@ -196,13 +199,14 @@ def ask(
     image: str,         # A picture
     question: str,      # Such as "what color is the circle?"
     model: str = None,  # Folder of a trained system; the shipped weights by default
+    dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the answer
 ):
     "Answer a question about an image."
     if not question.strip():
         raise UserError("the question is empty: ask something")
     from puma_nb.puma import Puma
-    puma = Puma(model)
+    puma = Puma(model, dtype=dtype)
     answer = puma.ask(_photo(image, puma.side), question)[0]
     print(answer)
     _numbers(json, dict(question=question, answer=answer))
@@ -223,6 +227,7 @@ def reconstruct(
     out: str = "out",   # Folder for f0.png ... f4.png
     seed: int = 0,      # Noise of the decoders
     resize: str = "crop", # crop to the middle square, or squash the whole picture
+    dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the numbers
 ):
     "Encode an image and decode it at each scale: DIR/f0.png ... f4.png, PSNR and LPIPS."
@@ -230,7 +235,7 @@ def reconstruct(
     from puma_nb.core import save_image
     from puma_nb.evaluation.metrics import lpips_net
     from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model)
+    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
     x = _photo(image, puma.side, resize)
     rows = []
     for i, p in puma.reconstruct(x, scales, seed).items():
@@ -433,6 +438,7 @@ def evaluate(
     split: str = None,     # Of table world: test (the default), or val for choosing settings
     stage: str = None,     # pretrain: the language model before tuning; by default the tuned one
     seed: int = 0,         # Which samples
+    dtype: str = "auto",   # bfloat16 where that is faster, or float32
     json: str = None       # File for the numbers
 ):
     "A table of the paper, or the world's scores, beside the paper's figures."
@@ -444,7 +450,7 @@ def evaluate(
     from puma_nb.puma import Puma
     if prompts: results = [score_files(images, prompts)]
     else:
-        puma = Puma(model, stage=stage)
+        puma = Puma(model, stage=stage, dtype=dtype)
         more = {"1": dict(source=images, resize=resize, trunk=lpips), "6": {},
                 "world": dict(split=split or "test")}
         results = [TABLES[t](puma, n, seed, **more[t]) for t in asked]

@@ -278,7 +278,7 @@ def written_grids(puma: Puma, scenes, stop=0, fast=False, consistent=None): # {s
 def true_grids(puma: Puma, scenes): # {scale: N x T x C}
     "Raw features of the drawings: what a perfect model would write."
     images = torch.stack([draw_scene(s, puma.side) for s in scenes])
-    return dict(enumerate(pyramid(encode_images(puma.decoders.encoder, images).float())))
+    return dict(enumerate(pyramid(puma.decoders.encode(images).float())))
 
 # %% ../../nbs/06_eval.ipynb #9dfcea17
 def decoded_pictures(puma: Puma, grids, scales=SCALES, seed: int = 0): # {scale: N x 3 x H x W}

@@ -30,8 +30,8 @@ def build_autoencoder(p: AutoencoderPreset):
 # %% ../../nbs/01b_autoencoder.ipynb #bca83a0d
 class Latents:
     "A frozen autoencoder with standardised latents."
-    def __init__(self, vae, mean=None, std=None):
-        c = vae.config.latent_channels
+    def __init__(self, vae, mean=None, std=None, bf16: bool = True):
+        c, self.bf16 = vae.config.latent_channels, bf16
         self.vae = vae.eval().requires_grad_(False)
         self.mean = torch.zeros(c) if mean is None else torch.as_tensor(mean)
         self.std = torch.ones(c) if std is None else torch.as_tensor(std)
@@ -50,7 +50,7 @@ class Latents:
         device = next(self.vae.parameters()).device
         x = images.float() / 127.5 if images.dtype == torch.uint8 else images.float() * 2
         x = x.to(device) - 1
-        with autocast(device):
+        with autocast(device, self.bf16):
             x = x.to(memory_format=memory_format(device))
             z = self.vae.encode(x).latent_dist.mean.float()
         return (z - self._shape(self.mean, z)) / self._shape(self.std, z)
@@ -58,7 +58,7 @@ class Latents:
     @torch.no_grad()
     def decode(self, z): # -> N x 3 x H x W in 0..1
         "Images of standardised latents."
-        with autocast(z.device):
+        with autocast(z.device, self.bf16):
             z = z.float() * self._shape(self.std, z) + self._shape(self.mean, z)
             x = self.vae.decode(z.to(memory_format=memory_format(z.device))).sample.float()
         return (x / 2 + 0.5).clamp(0, 1)
@@ -86,7 +86,7 @@ def standardize(vae, images): # -> Latents
     z = Latents(vae).encode_many(images)
     return Latents(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp_min(1e-3))
 
-def load_latents(model_dir=None, device=None):
+def load_latents(model_dir=None, device=None, bf16: bool = True):
     "The autoencoder of a trained system."
     path = Path(model_dir or package_dir("weights")) / "autoencoder"
     if not (path / "config.json").exists():
@@ -96,4 +96,4 @@ def load_latents(model_dir=None, device=None):
     with quietly():
         vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
         vae = vae.to(device, memory_format=memory_format(device))
-    return Latents(vae, vae.config.latents_mean, vae.config.latents_std)
+    return Latents(vae, vae.config.latents_mean, vae.config.latents_std, bf16)

@@ -284,15 +284,22 @@ def _load_decoder(path, preset: Preset, device):
 # %% ../../nbs/02_decoders.ipynb #6b19ea1a
 class Decoders:
     "The five decoders of a system; each is loaded when it is first asked for."
-    def __init__(self, preset: Preset, model_dir=None, device=None):
-        self.preset = preset
+    def __init__(
+        self, preset: Preset, model_dir=None, device=None,
+        bf16: bool = True # Compute in bfloat16 where the device is good at it
+    ):
+        self.preset, self.bf16 = preset, bf16
         self.dir = Path(model_dir or package_dir("weights"))
         self.device = pick_device(device)
-        self.latents = load_latents(self.dir, self.device)
+        self.latents = load_latents(self.dir, self.device, bf16)
         self.encoder = load_encoder(self.dir, self.device)
         self.models = {}
         side = preset.encoder.image_size
-        self.null = pyramid(encode_images(self.encoder, torch.zeros(1, 3, side, side)))
+        self.null = pyramid(self.encode(torch.zeros(1, 3, side, side)))
+
+    def encode(self, images): # N x 3 x H x W -> N x 256 x C, on the CPU
+        "f0 of images."
+        return encode_images(self.encoder, images, bf16=self.bf16)
 
     def model(self, scale: int):
         "The decoder of one scale."
@@ -308,10 +315,11 @@ class Decoders:
         steps: int = None,       # The preset's by default, and so are guidance and sampler
         guidance: float = None, sampler: str = None,
         batch: int = None, # As many as fit, by default
-        bf16: bool = True, anneal: float = 0.0
+        bf16: bool = None, anneal: float = 0.0
     ): # B x 3 x H x W
         "Images of features of one scale."
         d = self.preset.decoder
+        bf16 = self.bf16 if bf16 is None else bf16
         scheduler = make_scheduler(sampler or d.sampler, d)
         pipe = DecoderPipeline(self.model(scale), self.latents.vae, scheduler)
         seeds = [seeds] * len(features) if isinstance(seeds, int) else list(seeds)
@@ -326,7 +334,7 @@ class Decoders:
 
     def reconstruct(self, images, scales=SCALES, seeds=0, **kwargs): # {scale: B x 3 x H x W}
         "Encode images and decode each named scale."
-        f0 = encode_images(self.encoder, images)
+        f0 = self.encode(images)
         return {i: self.decode(pyramid(f0, i)[i], i, seeds, **kwargs) for i in scales}
 
 # %% ../../nbs/02a_decoder_training.ipynb #d5135075

@@ -106,13 +106,13 @@ def load_encoder(model_dir=None, device=None): # Folder of a system; None takes 
     return encoder.to(pick_device(device)).eval().requires_grad_(False)
 
 # %% ../../nbs/01_pyramid.ipynb #c94040c5
-def _encode_parts(encoder, images, batch, dtype, progress, resize, layer):
+def _encode_parts(encoder, images, batch, dtype, progress, resize, layer, bf16):
     "f0 of many images, some at a time."
     device = next(encoder.parameters()).device
     hidden = not (progress and is_main())
     out = []
     for part in tqdm(images.split(batch), desc="features", disable=hidden):
-        with autocast(device):
+        with autocast(device, bf16):
             out.append(encode(encoder, part.to(device), resize, layer).to("cpu", dtype))
     return torch.cat(out)
 
@@ -125,14 +125,15 @@ def encode_images(
     progress: bool = False,
     resize: str = "squash",
     layer: int = -1,
-    cache=None # Folder that keeps the result
+    cache=None, # Folder that keeps the result
+    bf16: bool = True # Compute in bfloat16 where the device is good at it
 ): # N x 256 x C on the CPU
     "f0 of many images."
     def build():
-        return _encode_parts(encoder, images, batch, dtype, progress, resize, layer)
+        return _encode_parts(encoder, images, batch, dtype, progress, resize, layer, bf16)
 
     device = next(encoder.parameters()).device
-    depends_on = (encoder, images, dtype, resize, layer, has_bf16(device))
+    depends_on = (encoder, images, dtype, resize, layer, bf16 and has_bf16(device))
     return cached(cache, "f0", build, *depends_on)
 
 # %% ../../nbs/01_pyramid.ipynb #4e68b647

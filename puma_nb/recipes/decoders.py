@@ -205,7 +205,7 @@ def fidelity_diversity(
 ): # {scale: {"psnr_r", "lpips_r", "psnr_d", "lpips_d"}: tensors of N}
     "Reconstruction against the original, and the difference between two seeds."
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    f0 = encode_images(decoders.encoder, images)
+    f0 = decoders.encode(images)
     out = {}
     for i in scales:
         f = pyramid(f0, i)[i]

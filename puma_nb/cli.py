@@ -78,6 +78,7 @@ def _show_demo(rows, seeds, prompt): # A figure
     from puma_nb.core import show_images
     pictures = [r[i][0] for r in rows for i in COARSE_TO_FINE]
     titles = [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE]
+    titles[0] = "f4: 1 token"
     return show_images(pictures, titles * len(rows), cols=5, size=1.9,
                        rows_titles=[f"seed {s}" for s in seeds], suptitle=prompt)
 
@@ -189,7 +190,7 @@ def edit(
     plan, edited = puma.plan(x, instruction)[0], []
     if show_plan: print(plan or "this model does not plan its edits")
     for s in range(seed, seed + n):
-        edited.append(puma.edit(x, instruction, (i,), s, fast, consistent)[i][0])
+        edited.append(puma.edit(x, instruction, (i,), s, fast, consistent, [plan])[i][0])
     files = [str(save_image(y, folder / f"edit_{k}.png")) for k, y in enumerate(edited)]
     print("\n".join(files))
     _numbers(json, dict(instruction=instruction, plan=plan, scale=i, files=files))
@@ -203,8 +204,7 @@ def ask(
     json: str = None    # File for the answer
 ):
     "Answer a question about an image."
-    if not question.strip():
-        raise UserError("the question is empty: ask something")
+    checked_text(question, "question")
     from puma_nb.puma import Puma
     puma = Puma(model, dtype=dtype)
     answer = puma.ask(_photo(image, puma.side), question)[0]

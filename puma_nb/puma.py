@@ -81,7 +81,8 @@ class Puma:
         plans=None      # What the results show, in words; None: as the model plans
     ): # {scale: N x 3 x H x W}
         "Edited images: `[IMG] source [/IMG] instruction [IMG]` (A.2.4), a plan before the last."
-        plans = self.plan(images, instructions) if plans is None else each(plans, images, "plan")
+        if plans is None: plans = self.plan(images, instructions)
+        plans = each(plans, images, "plan", blank=True)  # where there is none, none is read
         segments = _edit_segments(images, instructions, plans)
         return _repaint(self, images, segments, scales, seeds, fast, consistent)
 
@@ -141,13 +142,13 @@ def _prompt_store(puma, images): # A `FeatureStore`
     return FeatureStore(f0, puma.model.stats)
 
 # %% ../nbs/03e_puma.ipynb #287f84a3
-def each(texts, images, what): # One text for each image
-    "Texts for images: one string for all; an empty one, or a wrong number, is the user's error."
+def each(texts, images, what, blank=False): # One text for each image
+    "Texts for images: one string for all; a wrong number, or one that says nothing, is an error."
     texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
     if len(texts) != len(images):
         raise UserError(f"{len(images)} images but {len(texts)} {what}s: "
                         "give one for each, or one for all")
-    return [checked_text(t, what) for t in texts]
+    return [t if blank and t == "" else checked_text(t, what) for t in texts]
 
 # %% ../nbs/03e_puma.ipynb #5b19a8ef
 def _as_list(prompts):

@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 STATUSES = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-WEIGHT_FILES = ["safetensors", "json", "jsonl", "md", "txt"]
+WEIGHT_FILES = ["safetensors", "json", "toml", "jsonl", "md", "txt"]
 
 
 def settings():

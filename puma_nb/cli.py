@@ -10,7 +10,7 @@ __all__ = ['EXAMPLE', 'STAGE_NAMES', 'TABLE_NAMES', 'AT_ONCE', 'COMMANDS', 'demo
 import errno, json, math, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
-from fastcore.script import anno_parser, store_true
+from fastcore.script import Param, anno_parser, store_true
 from .errors import *
 from .presets import *
 
@@ -47,9 +47,9 @@ def _sets(text): # "laion-2b=DIR,grit=DIR" -> {card: folder}
     return {name.strip(): folder.strip() for name, _, folder in pairs}
 
 # %% ../nbs/07_cli.ipynb #ecee68a8
-def _photo(path, side, resize="crop"): # 1 x 3 x side x side
-    from puma_nb.core import load_image
-    return load_image(path, side, resize)[None]
+def _system(model, dtype, **settings): # A `Puma`
+    from puma_nb.puma import Puma
+    return Puma(model, dtype=dtype, **settings)
 
 def _save_all(pictures, out, first=0): # {scale: n x 3 x H x W, or {number: image}}
     "Write DIR/f4_0.png, ..., numbered from `first`."
@@ -73,10 +73,14 @@ def _without_window():
     import matplotlib
     matplotlib.use("agg")
 
+def _how(fast, plain): # As for `Puma.paint`
+    "Options of all commands that write images."
+    return dict(fast=fast, consistent=False if plain else None, output_type="pt")
+
 def _show_demo(rows, seeds, prompt): # A figure
     "One row of five pictures for each seed."
     from puma_nb.core import show_images
-    pictures = [r[i][0] for r in rows for i in COARSE_TO_FINE]
+    pictures = [r[i] for r in rows for i in COARSE_TO_FINE]
     titles = [f"f{i}: {TOKENS[i]} tokens" for i in COARSE_TO_FINE]
     titles[0] = "f4: 1 token"
     return show_images(pictures, titles * len(rows), cols=5, size=1.9,
@@ -102,14 +106,13 @@ def demo(
     "One prompt at five scales, with two seeds: DIR/demo.png"
     checked_text(prompt, "prompt")
     _without_window()
-    from puma_nb.puma import Puma
     from puma_nb.world.oracle import parse_caption
-    folder, puma, seeds = writable_folder(out), Puma(model, dtype=dtype), (seed, seed + 1)
-    consistent = False if plain else None
-    rows = [puma.generate(prompt, SCALES, s, fast, consistent) for s in seeds]
+    folder, puma, seeds = writable_folder(out), _system(model, dtype), (seed, seed + 1)
+    how = _how(fast, plain)
+    rows = [puma.generate(prompt, SCALES, s, **how) for s in seeds]
     fig = _show_demo(rows, seeds, prompt)
     fig.savefig(folder / "demo.png", dpi=130, bbox_inches="tight")
-    read = {f"f{i}": _reading(rows[0][i][0]) for i in COARSE_TO_FINE}
+    read = {f"f{i}": _reading(rows[0][i]) for i in COARSE_TO_FINE}
     for k, v in read.items(): print(f"{k} shows: {v}")
     understood = bool(parse_caption(prompt).things)
     _numbers(json, dict(prompt=prompt, read=read, understood=understood))
@@ -151,9 +154,7 @@ def generate(
     checked_text(prompt, "prompt")
     if n < 1: raise UserError("--n must be at least 1")
     scales = None if scale == "auto" else _scales(scale)
-    from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
-    how = dict(fast=fast, consistent=False if plain else None)
+    folder, puma, how = writable_folder(out), _system(model, dtype), _how(fast, plain)
     seeds, used = range(seed, seed + n), set()
     for part in _parts_of(seeds):
         prompts = [prompt] * len(part)
@@ -176,6 +177,7 @@ def edit(
     fast: store_true = False,  # Write whole scales at once
     plain: store_true = False, # Leave scales as they are written, without making them consistent
     show_plan: store_true = False, # Print what the result is to show, as the model plans it
+    resize: str = "squash", # squash the whole picture into a square, or crop to the middle one
     dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the numbers
 ):
@@ -183,16 +185,14 @@ def edit(
     if n < 1: raise UserError("--n must be at least 1")
     i = parse_scale(scale)
     from puma_nb.core import save_image
-    from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
-    x = _photo(image, puma.side)
-    consistent = False if plain else None
-    plan, edited = puma.plan(x, instruction)[0], []
+    folder, puma, files = writable_folder(out), _system(model, dtype, resize=resize), []
+    x, how = puma.pictures(image)[0], _how(fast, plain)
+    plan = puma.plan(x, instruction)
     if show_plan: print(plan or "this model does not plan its edits")
-    for s in range(seed, seed + n):
-        edited.append(puma.edit(x, instruction, (i,), s, fast, consistent, [plan])[i][0])
-    files = [str(save_image(y, folder / f"edit_{k}.png")) for k, y in enumerate(edited)]
-    print("\n".join(files))
+    for part in _parts_of(range(seed, seed + n)):
+        for s, y in zip(part, puma.edit(x, instruction, i, part, plans=plan, **how)):
+            files.append(str(save_image(y, folder / f"edit_{s - seed}.png")))
+            print(files[-1])
     _numbers(json, dict(instruction=instruction, plan=plan, scale=i, files=files))
 
 # %% ../nbs/07_cli.ipynb #10d40f77
@@ -200,14 +200,13 @@ def ask(
     image: str,         # A picture
     question: str,      # Such as "what color is the circle?"
     model: str = None,  # Folder of a trained system; the shipped weights by default
+    resize: str = "squash", # squash the whole picture into a square, or crop to the middle one
     dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the answer
 ):
     "Answer a question about an image."
     checked_text(question, "question")
-    from puma_nb.puma import Puma
-    puma = Puma(model, dtype=dtype)
-    answer = puma.ask(_photo(image, puma.side), question)[0]
+    answer = _system(model, dtype, resize=resize).ask(image, question)
     print(answer)
     _numbers(json, dict(question=question, answer=answer))
 
@@ -226,7 +225,7 @@ def reconstruct(
     model: str = None,  # Folder of a trained system; the shipped weights by default
     out: str = "out",   # Folder for f0.png ... f4.png
     seed: int = 0,      # Noise of the decoders
-    resize: str = "crop", # crop to the middle square, or squash the whole picture
+    resize: str = "squash", # squash the whole picture into a square, or crop to the middle one
     dtype: str = "auto", # bfloat16 where that is faster, or float32
     json: str = None    # File for the numbers
 ):
@@ -234,11 +233,9 @@ def reconstruct(
     scales = _scales(scale)
     from puma_nb.core import save_image
     from puma_nb.evaluation.metrics import lpips_net
-    from puma_nb.puma import Puma
-    folder, puma = writable_folder(out), Puma(model, dtype=dtype)
-    x = _photo(image, puma.side, resize)
-    rows = []
-    for i, p in puma.reconstruct(x, scales, seed).items():
+    folder, puma = writable_folder(out), _system(model, dtype, resize=resize)
+    x, rows = puma.pictures(image), []
+    for i, p in puma.reconstruct(x, scales, seed, "pt").items():
         file = save_image(p[0], folder / f"f{i}.png")
         r = _closeness(p, x, i)
         print(f"f{i}  {TOKENS[i]:3} tokens  PSNR {r['psnr']:5.2f} dB  "
@@ -302,7 +299,13 @@ def _train_rules(
 
 # %% ../nbs/07_cli.ipynb #b7fa6265
 def train(
-    preset: str = "nano",   # Size of the system
+    # Size of the system: a name, or a file such as my.toml; by default what the folder was begun
+    # with, or nano
+    preset: str = None,
+    # A number of the preset: NAME=VALUE, such as mllm.layers=8; may be said several times
+    set: Param(
+        "A number of the preset: NAME=VALUE, such as mllm.layers=8; may be said several times",
+        str, action="append") = None,
     stage: str = "all",     # encoder, autoencoder, decoders, pretrain, instruct, or all
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
@@ -337,8 +340,8 @@ def train(
     "Train a system, stage by stage; interrupted runs go on with --resume."
     if not 0 < scale_steps < math.inf:
         raise UserError("--scale-steps must be positive")
-    p = get_preset(preset)
-    if scale_steps != 1: p = scaled_steps(p, scale_steps)
+    p = get_preset(preset) if preset else system_preset(out)
+    p = with_numbers(p, parse_settings(set or ()), "--set")
     begun = _is_finished(out, stage)
     _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, begun))
     folder = writable_folder(out)
@@ -351,8 +354,8 @@ def train(
     how = _how_to_run(device, data, quiet, accumulate, ahead, not float32, shard, bad_step,
                       spike, save_every, norms, tensorboard)
     options = _stage_options(images, encoder, llama, parts, cache, data)
-    train_system(p, folder, names, seed, resume, device, not quiet, how, **options)
-    if is_main(): _say_done(folder, preset)
+    train_system(p, folder, names, seed, resume, device, not quiet, how, scale_steps, **options)
+    if is_main(): _say_done(folder)
     end_processes()
 
 # %% ../nbs/07_cli.ipynb #a371baac
@@ -386,14 +389,14 @@ def _show_gate(name, g):
     verdict = "ok" if g["passed"] else "missed"
     return f"{name} {g['value']} ({verdict}, wanted {g['wanted']})"
 
-def _say_done(folder, preset): # the gates of each stage, and what to do next
+def _say_done(folder): # the gates of each stage, and what to do next
     from puma_nb.training.report import read_stage
     for s in STAGE_NAMES:
         r = read_stage(folder, s)
         if not r: continue
         gates = "   ".join(_show_gate(k, g) for k, g in r["gates"].items())
         print(f"{s:12} {r['seconds'] / 60:5.1f} min   {gates}")
-    todo = f"next: puma-nb train --preset {preset} --out {folder} --resume"
+    todo = f"next: puma-nb train --out {folder} --resume"
     if _is_finished(folder, "instruct") or _is_finished(folder, "pretrain"):
         todo = f"try: puma-nb demo --model {folder}"
     print(f"system: {folder}   {todo}")
@@ -553,6 +556,9 @@ def usage():
         lines.append(f"  {k:12} {f.__doc__.splitlines()[0]}")
     return "\n".join(lines)
 
+def _note(message, *where): # as `warnings.showwarning` is called
+    print(f"note: {message}", file=sys.stderr)
+
 def _say(message, code): # The exit code
     "One line for the user."
     print(message, file=sys.stderr)
@@ -614,9 +620,12 @@ def main(argv=None): # Exit code
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         return _say(f"puma-nb: unknown command {name!r}; commands: {known}", 2)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    return _run(name, words)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("always", category=Unseen)
+        warnings.showwarning = _note
+        return _run(name, words)
 
 # %% ../nbs/07_cli.ipynb #b7e5b3d7
 #| eval: false

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PIXELS_AT_ONCE', 'MAX_PIXELS', 'RESIZES', 'torch_rng', 'noise_for', 'pick_device', 'has_bf16', 'autocast',
-           'memory_format', 'fitting', 'processes', 'is_main', 'quietly', 'load_image', 'to_pil', 'save_image',
-           'show_images', 'renamed_when_done', 'save_tensors', 'save_json', 'fingerprint', 'cached']
+           'memory_format', 'fitting', 'processes', 'is_main', 'quietly', 'model_folder', 'resized', 'load_image',
+           'is_one_picture', 'load_images', 'to_pil', 'save_image', 'show_images', 'renamed_when_done', 'save_tensors',
+           'save_json', 'fingerprint', 'cached']
 
 # %% ../nbs/00c_core.ipynb #f2b986a9
-import hashlib, json, os, uuid
+import hashlib, json, os, threading, uuid
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -95,20 +97,37 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../nbs/00c_core.ipynb #e32e88c9
+_LOADING = threading.RLock()
+
 @contextmanager
 def quietly():
-    "Silence the libraries' loading bars and notices; errors still come through."
+    "Load models without bars and notices, one thread at a time; errors still come through."
     import diffusers, transformers
     logs = [lib.utils.logging for lib in (diffusers, transformers)]
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-        log.set_verbosity_error()
-    try: yield
-    finally:
-        for log, level in zip(logs, before):
-            log.enable_progress_bar()
-            log.set_verbosity(level)
+    with _LOADING:  # the libraries change global state while they load
+        before = [log.get_verbosity() for log in logs]
+        for log in logs:
+            log.disable_progress_bar()
+            log.set_verbosity_error()
+        try: yield
+        finally:
+            for log, level in zip(logs, before):
+                log.enable_progress_bar()
+                log.set_verbosity(level)
+
+# %% ../nbs/00c_core.ipynb #e9fe6e66
+_MODEL_FILES = ("*.json", "*.toml", "*.safetensors", "*.txt")
+
+def model_folder(name): # A `Path`
+    "A model's folder: one of this machine, or `hf:OWNER/NAME`, which is downloaded."
+    if not str(name).startswith("hf:"): return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(
+            str(name)[3:], allow_patterns=_MODEL_FILES, ignore_patterns=["original/*"]))
+    except Exception as e:
+        why = (str(e).splitlines() or [""])[0]
+        raise UserError(f"{name}: cannot be downloaded ({type(e).__name__}: {why})") from None
 
 # %% ../nbs/00c_core.ipynb #ca0f7f4f
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -164,23 +183,60 @@ def _open_rgb(path, min_side: int):
         raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
 
 # %% ../nbs/00c_core.ipynb #b9eaad08
-def _resized(im, size: int, resize: str):
-    "The picture as a square of `size` pixels."
-    if resize == "crop": return ImageOps.fit(im, (size, size), Image.LANCZOS)
-    return im.resize((size, size), Image.BILINEAR)
+def _center_square(x):
+    "The middle square of pictures."
+    h, w = x.shape[-2:]
+    side = min(h, w)
+    top = (h - side) // 2
+    left = (w - side) // 2
+    return x[..., top:top + side, left:left + side]
 
-def load_image(
-    path,                  # A file, or a PIL image
-    size: int = None,      # Side in pixels after resizing; None keeps the image's own
-    resize: str = "crop",  # One of `RESIZES`
-    min_side: int = 0      # Smaller pictures are refused
-): # 3 x H x W in 0..1
-    "Read an image file as a tensor, or say what is wrong with it."
+def resized(x, side: int, resize: str = "squash"): # ... x 3 x side x side in 0..1
+    "Pictures (... x 3 x H x W, uint8 or 0..1) as squares, bilinear with antialiasing."
     if resize not in RESIZES:
         raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
-    im = _open_rgb(path, min_side)
-    if size: im = _resized(im, size, resize)
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 255
+    if resize == "crop": x = _center_square(x)
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if x.shape[-2:] == (side, side): return x
+    one = x.dim() == 3
+    if one: x = x[None]
+    x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    x = x.clamp(0, 1)
+    return x[0] if one else x
+
+# %% ../nbs/00c_core.ipynb #43284d32
+def _pixels(picture, min_side: int): # 3 x H x W, uint8 or 0..1
+    "A picture of any kind as a tensor, or what is wrong with it."
+    if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, torch.Tensor):
+        return torch.from_numpy(np.array(_open_rgb(picture, min_side))).permute(2, 0, 1)
+    is_rgb = picture.dim() == 3 and len(picture) == 3
+    if is_rgb and picture.numel(): return picture
+    raise UserError(f"not a picture: a tensor of shape {tuple(picture.shape)}; "
+                    "wanted is 3 x H x W, bytes or numbers in 0..1")
+
+def load_image(
+    picture,               # A file, an image of PIL, H x W x 3 bytes of NumPy, 3 x H x W of torch
+    size: int = None,      # Side in pixels after resizing; None keeps the image's own
+    resize: str = "squash", # One of `RESIZES`
+    min_side: int = 0      # Smaller pictures are refused
+): # 3 x H x W in 0..1
+    "A picture as a tensor, or what is wrong with it."
+    x = _pixels(picture, min_side)
+    if size: return resized(x, size, resize)
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+def is_one_picture(images):
+    "Whether this is one picture, and no list or batch of them."
+    return isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 0) == 3
+
+def load_images(images, size: int, resize: str = "squash"): # N x 3 x size x size in 0..1
+    "One picture or several, each as `load_image` takes it, as a batch."
+    if is_one_picture(images): images = [images]
+    if len(images) == 0:
+        raise UserError("no picture: give one, or a list of them")
+    return torch.stack([load_image(x, size, resize) for x in images])
 
 # %% ../nbs/00c_core.ipynb #49238253
 def to_pil(image): # 3 x H x W in 0..1
@@ -227,7 +283,7 @@ def _grid(n: int, cols: int, size: float, title_height: float):
 
 # %% ../nbs/00c_core.ipynb #9bee3003
 def show_images(
-    images,         # N x 3 x H x W, or a list of 3 x H x W, in 0..1
+    images,         # N x 3 x H x W in 0..1, or a list of what `load_image` takes
     titles=None,    # One for each image
     cols: int = 8,
     size: float = 1.3, # Inches for each image
@@ -239,7 +295,7 @@ def show_images(
     fig, axes = _grid(n, min(cols, n), size, 0.25 if titles else 0)
     for ax in axes.flat: _bare(ax)
     for k, ax in enumerate(axes.flat[:n]):
-        _show(ax, images[k])
+        _show(ax, load_image(images[k]))
         if titles: ax.set_title(titles[k], fontsize=8, parse_math=False)
     for ax, title in zip(axes[:, 0], rows_titles or []):
         ax.set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)

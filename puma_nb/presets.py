@@ -6,7 +6,7 @@
 __all__ = ['REDUCTIONS', 'PRESETS', 'LARGEST', 'PRESET_FILE', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset',
            'DecoderPreset', 'MLLMPreset', 'StagePreset', 'Preset', 'make_preset', 'get_preset', 'scaled_steps',
            'switched_on', 'part_names', 'numbers_of', 'with_numbers', 'checked', 'parse_settings', 'read_preset',
-           'write_preset', 'system_preset']
+           'write_preset', 'system_preset', 'changed_form']
 
 # %% ../nbs/00b_presets.ipynb #ecfe8fff
 import json, math, tomllib
@@ -774,3 +774,21 @@ def system_preset(folder, name: str = "nano"): # name: of systems that were save
     "The preset of a system's folder."
     path = Path(folder) / PRESET_FILE
     return read_preset(path) if path.exists() else get_preset(name)
+
+# %% ../nbs/00b_presets.ipynb #c51baf9d
+_MAY_CHANGE = dict(
+    decoder=("noise_offset", "blank", "min_snr", "feature_noise", "min_side", "features",
+             "attention", "sampler", "sampling_steps", "guidance"),
+    mllm=("text_weight", "scale_weights", "reduction", "pack", "feature_noise", "depth_shares",
+          "tune_depth_shares", "thin", "attention", "consistency", "at_once", "text_mean",
+          "structure_weight", "disturbed_words", "edit_plan"))
+
+def changed_form(before: Preset, now: Preset): # ["mllm.layers 8 instead of 6", ...]
+    "The numbers that would make other networks."
+    changed, was = [], numbers_of(before)
+    for name, value in numbers_of(now).items():
+        part, _, key = name.rpartition(".")
+        free = part == "world" or part.startswith("stage.") or key in _MAY_CHANGE.get(part, ())
+        if free or value == was[name]: continue
+        changed.append(f"{name} {value} instead of {was[name]}")
+    return changed

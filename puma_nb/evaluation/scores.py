@@ -45,7 +45,7 @@ def t2i_score(
     for k in range(0, len(scenes), batch):
         prompts = list(map(caption, scenes[k:k + batch]))
         seeds = list(range(seed + k, seed + k + len(prompts)))
-        for i, x in puma.generate(prompts, scales, seeds).items():
+        for i, x in puma.generate(prompts, scales, seeds, output_type="pt").items():
             found[i] += list(map(detect_scene, x))
     return {i: score_scenes(scenes, f) for i, f in found.items()}
 
@@ -138,11 +138,11 @@ def edit_score(
     rows = _to_edit(puma, kind, n, split, seed)
     sources = first_images(rows)
     asked = [scene_from_json(s["scene"]) for s in rows]
-    seeds = list(range(n))
+    how = dict(scales=scale, seeds=list(range(n)), output_type="pt")
     if kind == "colorize":
-        out = puma.condition(sources, list(map(caption, asked)), (scale,), seeds)[scale]
+        out = puma.condition(sources, list(map(caption, asked)), **how)
     else:
-        out = puma.edit(sources, [s["answer"] for s in rows], (scale,), seeds)[scale]
+        out = puma.edit(sources, [s["answer"] for s in rows], **how)
     copy = score_scenes(asked, list(map(detect_scene, sources)))["attributes"]
     return dict(score_scenes(asked, list(map(detect_scene, out))), copy=copy)
 

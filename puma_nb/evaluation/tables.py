@@ -220,7 +220,8 @@ def painted_captions(puma: Puma, captions, scales, batch: int = 100): # {scale: 
     parts = []
     for k in range(0, len(captions), batch):
         some = captions[k:k + batch]
-        parts.append(puma.generate(some, scales, list(range(k, k + len(some)))))
+        seeds = range(k, k + len(some))
+        parts.append(puma.generate(some, scales, seeds, output_type="pt"))
     return _joined(parts, scales)
 
 def _best_of(scores): # {scale: {metric: N}} -> {metric: N}

@@ -53,20 +53,6 @@ def vision_config(p: EncoderPreset):
         image_size=p.image_size,
         patch_size=p.patch_size)
 
-# %% ../../nbs/01_pyramid.ipynb #5e455e4c
-def _center_square(x):
-    "The middle square of pictures."
-    h, w = x.shape[-2:]
-    side = min(h, w)
-    top = (h - side) // 2
-    left = (w - side) // 2
-    return x[..., top:top + side, left:left + side]
-
-def _resized(x, side):
-    "Pictures in 0..1, squeezed or stretched to side x side."
-    x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    return x.clamp(0, 1)
-
 # %% ../../nbs/01_pyramid.ipynb #80e2dde0
 def preprocess(
     images, # B x 3 x H x W, uint8 or 0..1
@@ -74,11 +60,7 @@ def preprocess(
     resize: str = "squash" # One of `RESIZES`
 ): # B x 3 x side x side, normalised
     "Resize to the encoder's side and normalise as CLIP does."
-    if resize not in RESIZES:
-        raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
-    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    if resize == "crop": x = _center_square(x)
-    if x.shape[-2:] != (side, side): x = _resized(x, side)
+    x = resized(images, side, resize)
     mean = torch.tensor(CLIP_MEAN, device=x.device).view(1, 3, 1, 1)
     std = torch.tensor(CLIP_STD, device=x.device).view(1, 3, 1, 1)
     return (x - mean) / std

@@ -83,13 +83,15 @@ def _instruct_scores(preset, out, seed, device): # (gates, report)
 # %% ../../nbs/05_instruct.ipynb #cf3c25f5
 def _instruct_task(preset, out, seed, device, progress, data): # A task that watches itself
     "The pretrained model, and the samples that it is tuned on."
-    model, tokenizer = load_mllm(out, "pretrain", device)
+    model, processor = load_mllm(out, "pretrain", device)
     model.config.edit_plan = preset.mllm.edit_plan and not data  # real sets have no captions
     encoder = load_encoder(out, device)
     samples = partial(instruct_samples, preset, seed)
     task = task_for(
-        "instruct", deeper(preset), model, tokenizer, encoder, seed, data, samples,
+        "instruct", deeper(preset), model, processor.tokenizer, encoder, seed, data, samples,
         INSTRUCT_SHARES, progress, out, device)
+    if processor.words and not data:
+        task.processor.words = sorted({*processor.words, *seen_words(task.sets)})
     watch_training(task, preset, encoder, out, seed, device, data)
     return task
 
@@ -109,7 +111,7 @@ def train_instruct(
     out = Path(out)
     task = _instruct_task(preset, out, seed, device, progress, data)
     def measure(log):
-        save_mllm(task.model, task.tokenizer, out / "instruct")
+        save_mllm(task.model, task.processor, out / "instruct")
         if data: return {}, {}
         return _instruct_scores(preset, out, seed, device)
     run_stage("instruct", task, preset.stages["instruct"], out, measure, begun,

@@ -92,7 +92,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerFast
 from ..core import *
 from ..data.cards import *
@@ -208,19 +207,9 @@ class CardTask(PretrainTask):
         return {n: s.loader.report() for n, s in self.sets.items()}
 
 # %% ../../nbs/04a_real_data.ipynb #4876acd1
-def _download(source): # hf:NAME -> folder
-    kinds = ["*.json", "*.safetensors", "*.txt"]
-    try:
-        return Path(snapshot_download(
-            str(source)[3:], allow_patterns=kinds, ignore_patterns=["original/*"]))
-    except Exception as e:
-        why = str(e).splitlines()[0] if str(e) else ""
-        raise UserError(
-            f"{source}: cannot be downloaded ({type(e).__name__}: {why})") from None
-
 def release(source): # A folder, or hf:NAME: a folder either way
     "A released model's folder; from the hub come safetensors, JSON, word lists, nothing that runs."
-    folder = _download(source) if str(source).startswith("hf:") else Path(source)
+    folder = model_folder(source)
     if not (folder / "config.json").exists():
         raise UserError(
             f"{source}: no model there (config.json is missing); "
@@ -403,6 +392,7 @@ def _pretrain_task(preset, out, encoder, seed, device, progress, data, llama):
     task = task_for(
         "pretrain", preset, model, tokenizer, encoder, seed, data, samples, PRETRAIN_SHARES,
         progress, out, device)
+    if not data and not llama: task.processor.words = seen_words(task.sets)
     watch_training(task, preset, encoder, out, seed, device, data)
     return task
 
@@ -424,7 +414,7 @@ def train_pretrain(
     encoder = load_encoder(out, device)
     task = _pretrain_task(preset, out, encoder, seed, device, progress, data, llama)
     def measure(log):
-        save_mllm(task.model, task.tokenizer, out / "pretrain")
+        save_mllm(task.model, task.processor, out / "pretrain")
         if data: return {}, {}
         return _pretrain_scores(preset, out, encoder, task.tokenizer, seed, device, log)
     run_stage("pretrain", task, preset.stages["pretrain"], out, measure, begun, "pretraining",

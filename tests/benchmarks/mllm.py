@@ -40,7 +40,7 @@ def take_turns(jobs, rounds):
 
 def setting(vocabulary=None):
     "The nano model on pairs of the world; a larger vocabulary only lengthens the rows of logits."
-    nano = get_preset("nano-plain"); tokenizer = load_mllm()[1]
+    nano = get_preset("nano-plain"); tokenizer = load_mllm()[1].tokenizer
     sets, store = prepare_samples(dict(t2i=world_samples("t2i", 600), caption=world_samples("caption", 600)), tokenizer, load_encoder(), load_stats())
     def model(attention):
         torch.manual_seed(0); m = build_mllm(nano, tokenizer, load_stats())

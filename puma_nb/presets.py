@@ -68,6 +68,7 @@ class DecoderPreset:
     min_snr: float          # 0 turns the weighting off
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
     min_side: int           # pixels; smaller pictures are left out of training
+    resize: str             # how training pictures become square: "crop" or "squash"
     # "cached": encoded once and kept; "online": encoded anew for every batch
     features: str
     attention: str          # "plain" or "fused"
@@ -266,6 +267,7 @@ _NANO["decoder"] = dict(
     min_snr=(5.0, "ours"),
     feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"),
     min_side=(32, "ours: 512 in A.1"),
+    resize=("crop", "A.1"),
     features=("cached", "ours: they fit into memory"),
     attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
     sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"),
@@ -466,6 +468,7 @@ _PAPER["decoder"] = dict(
     min_snr=(0.0, "the paper mentions none"),
     feature_noise=((0.0,) * 5, "the paper mentions none"),
     min_side=(512, "A.1"),
+    resize=("crop", "A.1"),
     features=("online", "ours: half a megabyte an image"),
     attention=("fused", "ours"),
     sampler=("DDPMScheduler", "[code]"),
@@ -711,6 +714,7 @@ def _wrong_together(p: Preset): # {sentence: whether it holds}
             any(c % d.norm_groups for c in d.channels),
         "decoder.channels and decoder.transformers must have as many levels":
             len(d.channels) != len(d.transformers),
+        "decoder.resize must be crop or squash": d.resize not in ("crop", "squash"),
         f"mllm.reduction must be one of {', '.join(REDUCTIONS)}": m.reduction not in REDUCTIONS,
         "mllm.depth_shares and tune_depth_shares must sum to one":
             abs(sum(m.depth_shares) - 1) + abs(sum(m.tune_depth_shares) - 1) > 1e-6,
@@ -777,7 +781,7 @@ def system_preset(folder, name: str = "nano"): # name: of systems that were save
 
 # %% ../nbs/00b_presets.ipynb #c51baf9d
 _MAY_CHANGE = dict(
-    decoder=("noise_offset", "blank", "min_snr", "feature_noise", "min_side", "features",
+    decoder=("noise_offset", "blank", "min_snr", "feature_noise", "min_side", "resize", "features",
              "attention", "sampler", "sampling_steps", "guidance"),
     mllm=("text_weight", "scale_weights", "reduction", "pack", "feature_noise", "depth_shares",
           "tune_depth_shares", "thin", "attention", "consistency", "at_once", "text_mean",

@@ -36,6 +36,7 @@ PAPER = {
     "decoder.noise_offset": (0.1, "A.1"),
     "decoder.blank": (0.1, "A.1"),
     "decoder.min_side": (512, "A.1"),
+    "decoder.resize": ("crop", "A.1"),
     "decoder.sampler": ("DDPMScheduler", "[code]"),
     "decoder.sampling_steps": (50, "[code]"),
     "decoder.guidance": (2.0, "[code]"),

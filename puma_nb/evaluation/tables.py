@@ -462,7 +462,7 @@ def edited(puma: Puma, kind: str, i: int, sources, told): # N x 3 x H x W
     change = puma.edit
     if kind == "colorize": change = puma.condition
     def some(pictures, texts, seeds):
-        return change(pictures, texts, (i,), seeds)[i]
+        return change(pictures, texts, i, seeds, output_type="pt")
     return torch.cat(in_batches(some, sources, told, list(range(len(told))), name=kind))
 
 def edit_rows(puma: Puma, split: str, n: int, seed: int, scales=(2, 1, 0)): # A row a kind and scale

@@ -73,8 +73,8 @@ class AutoencoderTask(Task):
 # %% ../../nbs/01c_autoencoder_training.ipynb #e7fbde0e
 def own_pictures(preset: Preset, source, progress=False): # N x 3 x H x W uint8
     "A user's pictures at the autoencoder's size, small ones left out (A.1)."
-    side, min_side = preset.autoencoder.image_size, preset.decoder.min_side
-    x, left_out = image_set(source, side, min_side=min_side, progress=progress)
+    side, d = preset.autoencoder.image_size, preset.decoder
+    x, left_out = image_set(source, side, d.resize, d.min_side, progress=progress)
     if is_main():
         why_not = "".join(f", {n} left out: {why}" for why, n in left_out.items())
         print(f"{source}: {len(x)} pictures{why_not}", flush=True)

@@ -6,7 +6,7 @@
 __all__ = ['REDUCTIONS', 'PRESETS', 'LARGEST', 'PRESET_FILE', 'WorldPreset', 'EncoderPreset', 'AutoencoderPreset',
            'DecoderPreset', 'MLLMPreset', 'StagePreset', 'Preset', 'make_preset', 'get_preset', 'scaled_steps',
            'switched_on', 'part_names', 'numbers_of', 'with_numbers', 'checked', 'parse_settings', 'read_preset',
-           'write_preset', 'system_preset', 'changed_form']
+           'write_preset', 'known_preset', 'system_preset', 'changed_form']
 
 # %% ../nbs/00b_presets.ipynb #ecfe8fff
 import json, math, tomllib
@@ -774,10 +774,14 @@ def write_preset(preset: Preset, path):
             lines.append(f"{key} = {json.dumps(value)}  # {preset.sources[f'{part}.{key}']}")
     Path(path).write_text("\n".join(lines) + "\n", "utf-8")
 
+def known_preset(folder): # None where a system was saved without one
+    "The preset that lies in a system's folder."
+    path = Path(folder) / PRESET_FILE
+    return read_preset(path) if path.exists() else None
+
 def system_preset(folder, name: str = "nano"): # name: of systems that were saved without one
     "The preset of a system's folder."
-    path = Path(folder) / PRESET_FILE
-    return read_preset(path) if path.exists() else get_preset(name)
+    return known_preset(folder) or get_preset(name)
 
 # %% ../nbs/00b_presets.ipynb #c51baf9d
 _MAY_CHANGE = dict(

@@ -236,7 +236,8 @@ def _number(texts, images, what): # Of results, as far as these two say it
     given = texts if images is None else images
     if isinstance(given, str): return 1
     n = len(given) if hasattr(given, "__len__") else 0
-    if n == 0: raise UserError(f"no {what} or no picture: give one, or a list of them")
+    if n == 0:
+        raise UserError(f"no {what} or no picture: give one, or a list of them")
     return n
 
 def _seeds_for(seeds, n): # A list

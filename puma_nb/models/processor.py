@@ -149,6 +149,20 @@ AutoModel.register(PumaConfig, PumaForConditionalGeneration)
 AutoProcessor.register(PumaConfig, PumaProcessor)
 
 # %% ../../nbs/03d_processor.ipynb #82193e91
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "tie_word_embeddings")
+
+def _mllm_sizes(preset): # As for `check_part`
+    "What the configuration of a preset's language model must say."
+    if preset is None: return {}
+    text, m = text_config(preset.mllm).to_dict(), preset.mllm
+    own = dict(head=m.head, first_scale=m.first_scale, parent_path=m.parent_path)
+    return dict(own, feature_size=preset.encoder.hidden_size,
+                text_config=wanted_of(text, _SIZES))
+
+def _mllm_of(config):
+    return PumaForConditionalGeneration(PumaConfig.from_dict(config))
+
 def load_mllm(
     model_dir=None,    # Folder of a system; None takes the shipped weights
     stage: str = None, # "pretrain" or "instruct"; None takes the tuned one if there is one
@@ -161,6 +175,7 @@ def load_mllm(
     if not (path / "config.json").exists():
         raise UserError(f"{path}: no language model there; "
                         "train one with: puma-nb train --stage pretrain --out DIR")
+    check_part(path, "language model", _mllm_sizes(known_preset(root)), _mllm_of)
     with reading(path, "language model"), quietly():
         model = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         processor = PumaProcessor.from_pretrained(path)

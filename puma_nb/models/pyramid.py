@@ -77,12 +77,21 @@ def encode(
     return encoder(pixel_values=x, output_hidden_states=True).hidden_states[layer][:, 1:]
 
 # %% ../../nbs/01_pyramid.ipynb #37e79fd2
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "image_size", "patch_size")
+
+def _encoder_of(config):
+    return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
+
 def load_encoder(model_dir=None, device=None): # Folder of a system; None takes the shipped weights
     "The frozen image encoder of a trained system."
     path = Path(model_dir or package_dir("weights")) / "encoder"
     if not (path / "config.json").exists():
         raise UserError(f"{path}: no encoder there; "
                         "train one with: puma-nb train --stage encoder --out DIR")
+    preset = known_preset(path.parent)
+    sizes = preset and vision_config(preset.encoder).to_dict()
+    check_part(path, "encoder", wanted_of(sizes, _SIZES), _encoder_of)
     with reading(path, "encoder"), quietly():
         encoder = CLIPVisionModel.from_pretrained(path, dtype=torch.float32)
     return encoder.to(pick_device(device)).eval().requires_grad_(False)
@@ -102,7 +111,7 @@ def _encode_parts(encoder, images, batch, dtype, progress, resize, layer, bf16):
 @torch.no_grad()
 def encode_images(
     encoder, images, # N x 3 x H x W
-    batch: int = 200,
+    batch: int = None, # As many as fit, by default
     dtype=torch.float32, # bfloat16 halves a cache
     progress: bool = False,
     resize: str = "squash",
@@ -112,7 +121,8 @@ def encode_images(
 ): # N x 256 x C on the CPU
     "f0 of many images."
     def build():
-        return _encode_parts(encoder, images, batch, dtype, progress, resize, layer, bf16)
+        some = batch or fitting(images.shape[-1], most=200)
+        return _encode_parts(encoder, images, some, dtype, progress, resize, layer, bf16)
 
     device = next(encoder.parameters()).device
     depends_on = (encoder, images, dtype, resize, layer, bf16 and has_bf16(device))

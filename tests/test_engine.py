@@ -85,7 +85,7 @@ def until(positions, step):
     return batch(positions, step)
 task.batch = until
 run = Run(
-    bf16=False, save_every=5, shard=how.startswith("shard"),
+    bf16=how == "bf16", save_every=5, shard=how.startswith("shard"),
     accumulate=2 if how == "accumulate" else 1,
 )
 try:
@@ -173,6 +173,15 @@ def test_first_twenty_losses_are_those_of_one_process(how, processes, root, alon
     assert one.keys() == other.keys()
     for k in one:
         torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_over_processes(root, tmp_path):
+    "Half precision rounds, and rounds otherwise in other batches: the losses stay close."
+    alone = run(root, tmp_path / "alone", "bf16", 1)
+    rows = run(root, tmp_path / "two", "bf16", 2)
+    for a, b in zip(alone, rows, strict=True):
+        for k in {"loss", "text", "f4", "f3", "f2", "f1", "f0"} & a.keys():
+            assert a[k] == pytest.approx(b[k], rel=2e-3), (a["step"], k)
 
 
 @pytest.mark.skipif(

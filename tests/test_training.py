@@ -187,6 +187,52 @@ def test_every_stage_trains_in_two_processes(tmp_path):
     assert (tmp_path / "demo.png").exists()
 
 
+def test_accumulation_to_the_end(system, tmp_path):
+    "A stage in four pieces a step: the losses of whole steps, a report, a model that can be used."
+    whole, pieces = copy(system, tmp_path / "whole"), copy(system, tmp_path / "pieces")
+    argv = ["train", "--preset", "pico", "--stage", "pretrain", "--float32", "--quiet", "--out"]
+    assert main([*argv, str(whole)]) == 0
+    assert main([*argv, str(pieces), "--accumulate", "4"]) == 0
+    rows = [read_log(folder / "pretrain" / "log.jsonl") for folder in (whole, pieces)]
+    for a, b in zip(*rows, strict=True):
+        for k in ("loss", "text", "grad_norm"): assert a[k] == pytest.approx(b[k], rel=1e-4)
+    assert "speed" in json.loads((pieces / "pretrain" / "stage.json").read_text())
+    assert main(["generate", "a cross", "--model", str(pieces), "--out", str(tmp_path)]) == 0
+
+
+def a_real_set(folder, n=12):
+    "Pictures with a question and an answer each, in the layout of the card `llavar`."
+    import numpy as np
+    from PIL import Image
+    folder.mkdir()
+    talks, rng = [], np.random.default_rng(0)
+    for k in range(n):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / f"{k}.png")
+        turns = [("human", "<image>\nwhat is there?"), ("gpt", f"picture number {k}")]
+        told = [{"from": who, "value": said} for who, said in turns]
+        talks.append(dict(image=f"{k}.png", conversations=told))
+    (folder / "talk.json").write_text(json.dumps(talks))
+    return folder
+
+
+def test_real_data_over_processes(system, tmp_path):
+    "`--data` in two processes: the losses of one, every row read, one report."
+    data, ends = a_real_set(tmp_path / "set"), {}
+    for n in (1, 2):
+        out = copy(system, tmp_path / f"system{n}")
+        argv = (
+            "train", "--preset", "pico", "--stage", "pretrain", "--data", f"llavar={data}",
+            "--float32", "--quiet", "--ahead", "0", "--device", "cpu", "--out", out,
+        )
+        done = processes.run(CLI, argv, tmp_path / f"said{n}", n)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends[n] = read_log(out / "pretrain" / "log.jsonl")
+        read = json.loads((out / "pretrain" / "stage.json").read_text())["data"]
+        assert list(read) == ["llavar"]
+    for a, b in zip(ends[1], ends[2], strict=True):
+        assert a["text"] == pytest.approx(b["text"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "argv",
     [

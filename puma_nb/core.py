@@ -8,7 +8,7 @@ __all__ = ['PIXELS_AT_ONCE', 'MAX_PIXELS', 'RESIZES', 'torch_rng', 'noise_for', 
            'show_images', 'renamed_when_done', 'save_tensors', 'save_json', 'fingerprint', 'cached']
 
 # %% ../nbs/00c_core.ipynb #f2b986a9
-import hashlib, json, os, uuid
+import hashlib, json, os, threading, uuid
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -95,20 +95,23 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../nbs/00c_core.ipynb #e32e88c9
+_LOADING = threading.RLock()
+
 @contextmanager
 def quietly():
-    "Silence the libraries' loading bars and notices; errors still come through."
+    "Load without the libraries' bars and notices, a thread at a time; errors come through."
     import diffusers, transformers
     logs = [lib.utils.logging for lib in (diffusers, transformers)]
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-        log.set_verbosity_error()
-    try: yield
-    finally:
-        for log, level in zip(logs, before):
-            log.enable_progress_bar()
-            log.set_verbosity(level)
+    with _LOADING:
+        before = [log.get_verbosity() for log in logs]
+        for log in logs:
+            log.disable_progress_bar()
+            log.set_verbosity_error()
+        try: yield
+        finally:
+            for log, level in zip(logs, before):
+                log.enable_progress_bar()
+                log.set_verbosity(level)
 
 # %% ../nbs/00c_core.ipynb #ca0f7f4f
 ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -8,6 +8,7 @@ from a black image, and CLIP's last layer without its class token, read from an 
 squashed to a square.
 """
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -15,17 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from puma_nb.core import load_image, noise_for, torch_rng
+from puma_nb.core import LOADING, load_image, noise_for, torch_rng
 from puma_nb.errors import UserError, package_dir
 from puma_nb.evaluation.metrics import psnr
 from puma_nb.models.decoders import (
-    FITTING, DecoderPipeline, Decoders, guided, make_scheduler)
+    FITTING, Decoder, DecoderPipeline, Decoders, guided, make_scheduler)
 from puma_nb.models.pyramid import encode, preprocess, pyramid
 from puma_nb.models.releases import from_puma_checkpoint
 from puma_nb.presets import get_preset
@@ -296,6 +298,16 @@ def test_a_scheduler_that_fits_paints_as_well_as_the_default(nano, name):
     assert psnr(pipe(f0, seeds=seeds), images).mean() > default - 2
 
 
+def test_the_spacing_of_edm_is_to_be_had(nano):
+    decoders, images, f0 = nano
+    seeds = list(range(len(f0)))
+    pipe = decoders.pipeline(0)
+    default = psnr(pipe(f0, seeds=seeds), images).mean()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_karras_sigmas=True)
+    assert psnr(pipe(f0, 20, seeds=seeds), images).mean() > default - 2
+
+
 def test_edm_is_refused_for_a_reason(nano, monkeypatch):
     "Let through, it paints more than 5 dB worse."
     decoders, images, f0 = nano
@@ -339,6 +351,25 @@ def test_four_threads_load_one_system(nano, tmp_path):
     wanted = decoders.reconstruct(images[:1], (0, 4), steps=2)
     for scale, x in zip([0, 4, 0, 4], found):
         assert torch.equal(x, wanted[scale])
+
+
+def test_four_threads_read_one_decoder():
+    folder = package_dir("weights") / "decoders" / "f2"
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(Decoder.from_pretrained, [folder] * 8))
+    for d in read:
+        assert not any(p.is_meta for p in d.parameters())
+
+
+def test_a_thread_may_paint_while_another_loads(nano):
+    "While diffusers loads, modules that are built in any thread would have no memory."
+    decoders, images, _ = nano
+    decoders.reconstruct(images[:1], (4,), steps=1)
+    with ThreadPoolExecutor(1) as threads, LOADING, init_empty_weights():
+        painting = threads.submit(decoders.reconstruct, images[:1], (4,), steps=1)
+        time.sleep(0.5)
+        assert not painting.done()
+    assert painting.result()[4].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("change", ["null", "", "[]", '{"a":'])

@@ -103,6 +103,11 @@ class Decoder(ModelMixin, ConfigMixin):
             self.register_buffer("feature_mean", torch.zeros(feature_size))
             self.register_buffer("feature_std", torch.ones(feature_size))
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "As diffusers does it, a thread at a time."
+        with LOADING: return super().from_pretrained(*args, **kwargs)
+
     def normalize(self, f):
         "Features as `mapping_layer` takes them."
         return (f - self.feature_mean) / self.feature_std if self.config.normalize else f
@@ -276,7 +281,7 @@ class NullCondition(ModelMixin, ConfigMixin):
     @classmethod
     def of(cls, features): # 1 x N x C
         "With these features."
-        null = cls(*features.shape[1:])
+        with LOADING: null = cls(*features.shape[1:])
         null.features.data = features.detach().float().clone()
         return null
 

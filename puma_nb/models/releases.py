@@ -78,11 +78,12 @@ def from_puma_checkpoint(
     state = {}
     with reading(path, "decoder"):
         for f in files: state |= load_file(f)
+        config = json.loads((path / "config.json").read_text())
     state = {_own_name(k): v for k, v in state.items()}
     if "mapping_layer.weight" not in state:
         raise UserError(f"{path}: the checkpoint lacks mapping_layer.weight")
-    config = json.loads((path / "config.json").read_text())
-    decoder = _decoder_like(config, scale, state["mapping_layer.weight"].shape[1])
+    with reading(path, "decoder"):
+        decoder = _decoder_like(config, scale, state["mapping_layer.weight"].shape[1])
     _compare(state, decoder.state_dict(), path)
     decoder.load_state_dict(state, assign=True)
     return decoder.eval()

@@ -121,9 +121,8 @@ class DecoderTask(Task):
         f = pyramid(self.data.rows(np.arange(4))[1], i)[i]
         null = pyramid(self.data.black_f0, i)[i]
         scheduler = make_scheduler(d.sampler, d)
-        pipe = DecoderPipeline(model.eval(), self.data.latents.vae, scheduler)
-        seeds = list(range(4))
-        pictures = pipe(f, null, self.data.latents, d.sampling_steps, d.guidance, seeds)
+        pipe = DecoderPipeline(model.eval(), self.data.latents.vae, null, scheduler)
+        pictures = pipe(f, d.sampling_steps, d.guidance, seeds=list(range(4)))
         for k, x in enumerate(pictures):
             save_image(x, Path(folder) / f"step_{step:06d}_{k}.png", 128)
         model.train()

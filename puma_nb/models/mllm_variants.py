@@ -54,8 +54,8 @@ class FlowHead(nn.Module):
 
     def error(self, hidden, target, noise): # noise: ... x (C + 1), the last one for the time
         "Squared error of the velocity at a random time, mean over channels."
-        if noise is None: # nothing to learn: a prompt
-            noise = target.new_zeros(*target.shape[:-1], target.shape[-1] + 1)
+        if noise is None: # where nobody says by which noise to learn
+            noise = torch.randn(*target.shape[:-1], target.shape[-1] + 1, device=target.device)
         x, t = noise[..., :-1].float(), torch.special.ndtr(noise[..., -1:].float())
         velocity = self.velocity((1 - t) * x + t * target, t, hidden).float()
         return ((velocity - (target - x)) ** 2).mean(-1)

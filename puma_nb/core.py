@@ -428,7 +428,8 @@ def check_part(
     "Look at a part before it is loaded; what is wrong is one line."
     config = read_config(folder, what)
     check_sizes(Path(folder) / "config.json", config, wanted)
-    with reading(folder, what), quietly(), torch.device("meta"): module = build(config)
+    with reading(folder, what), quietly(), torch.device("meta"):
+        module = build(config)
     shapes = Counter(stored_shapes(folder).values())  # names differ from version to version
     lacking = Counter(tuple(v.shape) for v in _own_tensors(module)) - shapes
     if not lacking: return

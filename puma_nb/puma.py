@@ -73,7 +73,8 @@ class Puma:
     ): # Pictures of one scale, or {scale: pictures}
         "Write images down to the finest of `scales`, and decode the named ones."
         named, how = _scales_of(scales), generate_at_once if fast else generate_image
-        for i in named: self.decoders.pipeline(i)  # what is missing is said before the work
+        for i in named:
+            self.decoders.pipeline(i)  # what is missing is said before the work
         parts = []
         for part in asked.parts("images"):
             grids = how(self.model, prompts(part), min(named), consistent=consistent)

@@ -147,7 +147,8 @@ _SIZES = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num
 def _autoencoder_sizes(preset): # As for `check_part`
     "What the configuration of a preset's autoencoder must say."
     if preset is None: return {}
-    with quietly(), torch.device("meta"): net = build_autoencoder(preset.autoencoder)
+    with quietly(), torch.device("meta"):
+        net = build_autoencoder(preset.autoencoder)
     return wanted_of(net.config, _SIZES)
 
 def load_latents(model_dir=None, device=None, bf16: bool = True):

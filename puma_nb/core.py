@@ -57,15 +57,19 @@ def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best 
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00c_core.ipynb #2e9ac5ad
+def _cpu_has_bf16():
+    "As oneDNN says; a torch that lets nobody ask is asked for the instructions that oneDNN wants."
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if ask: return bool(ask())
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
 def has_bf16(device="cpu"):
     "Whether bfloat16 is worth using on this device."
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # some builds, such as macOS's, are without
-    if kind == "cpu" and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+    return kind == "cpu" and torch.backends.mkldnn.is_available() and _cpu_has_bf16()
 
 def autocast(device="cpu", enabled: bool = True):
     "bfloat16 arithmetic where the device is good at it, else nothing."

@@ -61,15 +61,19 @@ def pick_device(name: str = None): # `cpu`, `cuda`, `mps`, or None for the best 
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00c_core.ipynb #2e9ac5ad
+def _cpu_has_bf16():
+    "As oneDNN says; a torch that lets nobody ask is asked for the instructions that oneDNN wants."
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if ask: return bool(ask())
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
 def has_bf16(device="cpu"):
     "Whether bfloat16 is worth using on this device."
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # some builds, such as macOS's, are without
-    if kind == "cpu" and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+    return kind == "cpu" and torch.backends.mkldnn.is_available() and _cpu_has_bf16()
 
 def autocast(device="cpu", enabled: bool = True):
     "bfloat16 arithmetic where the device is good at it, else nothing."
@@ -176,11 +180,11 @@ def _to_rgb(im):
 def _open_rgb(path, min_side: int):
     "A file or a PIL image in RGB, or what is wrong with it."
     try:
+        if isinstance(path, (str, Path)): path = regular_file(path)
         im = path if isinstance(path, Image.Image) else Image.open(path)
         _check_size(im, path, min_side)
         return _to_rgb(im)
     except UserError: raise
-    except FileNotFoundError: raise UserError(f"{path}: no such file") from None
     except Exception as e:
         raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
 

@@ -290,3 +290,17 @@ def test_import_cell_check():
     assert list(build_site.check_imports(cells("import math\nmath.pi")))
     export = "#| hide\nimport nbdev; nbdev.nbdev_export()"
     assert not list(build_site.check_imports(cells("import math", "math.pi", export)))
+
+
+# ---- the workflows
+
+def workflow(name): return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
+
+def test_workflows_run_every_python_and_pinned_actions():
+    matrix = workflow("test.yaml")["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert matrix == ["3.11", "3.12", "3.13"] and matrix[0] == CFG["min_python"]
+    for name in ("test.yaml", "site.yaml"):
+        for job in workflow(name)["jobs"].values():
+            for step in job["steps"]:
+                if "uses" in step: assert re.fullmatch(r"[\w-]+/[\w/-]+@v\d+", step["uses"]), step

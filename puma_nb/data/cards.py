@@ -31,12 +31,14 @@ FIELDS = ("image", "caption", "question", "answer", "source", "instruction", "ta
 # %% ../../nbs/00g_cards.ipynb #b2273da3
 def _split_card(path): # (header, text below it)
     "The two parts of a card's file."
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    with reading(path, "data card"):
+        text = regular_file(path).read_text(encoding="utf-8")
+    parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         raise UserError(f"{path}: no YAML header between two lines of ---")
     try: return yaml.safe_load(parts[1]) or {}, parts[2].strip()
-    except yaml.YAMLError as e:
-        reason = str(e).splitlines()[0]
+    except Exception as e:  # a date of the 99th day, a thousand brackets: not YAMLError alone
+        reason = (str(e).splitlines() or [""])[0]
         raise UserError(f"{path}: the header is not YAML ({reason})") from None
 
 def _check_header(path, meta, puma):
@@ -48,18 +50,87 @@ def _check_header(path, meta, puma):
         raise UserError(f"{path}: the header lacks {', '.join(missing)}")
     standin = puma.get("standin")
     if standin and standin not in STANDINS:
-        raise UserError(f"{path}: unknown stand-in {standin!r}")
+        raise UserError(f"{path}: unknown stand-in {repr(standin)[:80]}")
+
+# %% ../../nbs/00g_cards.ipynb #d469449c
+def _is_text(v): return isinstance(v, str)
+
+def _are_texts(v): return isinstance(v, list) and all(map(_is_text, v))
+
+def _is_number(v):
+    "A number that sides and shares may be: finite, and not negative."
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e9
+
+def _is_field(v):
+    "One of our fields, or a list of them."
+    return v in FIELDS if _is_text(v) else _are_texts(v) and set(v) <= set(FIELDS)
+
+def _is_subset_rule(v):
+    "A column, and patterns of its values."
+    return isinstance(v, dict) and _is_text(v.get("column")) and _are_texts(v.get("match"))
+
+def _is_weight(v):
+    "A share, with its source."
+    return isinstance(v, dict) and _is_number(v.get("share", 1.0)) and v.get("share", 1.0) > 0
+
+# What a rule of `filters` holds, and how to say it
+_RULES = dict(
+    min_side=(_is_number, "a number of pixels"),
+    min_box_side=(_is_number, "a share of the picture's side"),
+    crop=(lambda v: v in ("center", "random", "squash"), "center, random or squash"),
+    nonempty=(_are_texts, "a list of fields"),
+    drop_subsets=(_is_subset_rule, "a column, and a list of patterns called match"),
+    dedup_with=(_are_texts, "a list of cards"),
+    text_rows=(lambda v: isinstance(v, bool), "true or false"),
+)
+
+# %% ../../nbs/00g_cards.ipynb #e059f718
+def _want(path, key, value, test, wanted):
+    "Refuse a value that is not as its key wants it."
+    if test(value): return
+    raise UserError(f"{path}: {key} must be {wanted}, not {repr(value)[:80]}")
+
+def _check_each(path, key, values, test, wanted):
+    "A mapping from names to values of one kind."
+    _want(path, key, values, lambda v: isinstance(v, dict), "a mapping")
+    for name, value in values.items():
+        _want(path, key, name, _is_text, "a mapping from names")
+        _want(path, f"{key}.{name}", value, test, wanted)
+
+def _check_rules(path, filters):
+    "The rules of each stage."
+    _check_each(path, "puma.filters", filters, lambda v: isinstance(v, dict), "a mapping of rules")
+    for stage, rules in filters.items():
+        for rule, value in rules.items():
+            if rule not in _RULES: continue
+            _want(path, f"puma.filters.{stage}.{rule}", value, *_RULES[rule])
+
+def _check_kinds(path, meta, puma):
+    "Refuse values of another kind than the code reads."
+    _want(path, "pretty_name", meta["pretty_name"], _is_text, "a text")
+    _want(path, "puma.stage", puma["stage"], _are_texts, "a list of stages")
+    _want(path, "puma.split", puma["split"], _is_text, "a text")
+    _want(path, "puma.home", puma["home"], _is_text, "a text")
+    _check_each(path, "puma.columns", puma["columns"], _is_field,
+                f"one of {', '.join(FIELDS)}, or a list of these")
+    _check_each(path, "puma.roots", puma["roots"], _is_text, "a folder")
+    _check_each(path, "puma.weight", puma["weight"], _is_weight, "a mapping with a positive share")
+    _check_rules(path, puma["filters"])
 
 # %% ../../nbs/00g_cards.ipynb #49f1404e
 def read_card(path): # A Markdown file with a YAML header
     "Read and check one card."
     path = Path(path)
     meta, about = _split_card(path)
-    puma = (meta.get("puma") if isinstance(meta, dict) else None) or {}
+    if not isinstance(meta, dict): meta = {}
+    puma = meta.get("puma") or {}
+    _want(path, "puma", puma, lambda v: isinstance(v, dict), "a mapping")
+    puma = {k: v for k, v in puma.items() if v is not None}
     _check_header(path, meta, puma)
     defaults = dict(columns={k: k for k in FIELDS}, filters={}, weight={}, split="train",
-                    home="https://(no home is named)")
-    meta["puma"] = defaults | puma
+                    home="https://(no home is named)", roots={})
+    meta["puma"] = puma = defaults | puma
+    _check_kinds(path, meta, puma)
     standin = puma.get("standin") or ""
     return Card(path.stem, meta["pretty_name"], puma["stage"], standin, about, meta)
 

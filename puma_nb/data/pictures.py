@@ -59,6 +59,15 @@ def image_files(source): # A sequence of what `load_image` reads
     raise UserError(f"{source}: no column of images among {', '.join(found.features)}")
 
 # %% ../../nbs/00f_pictures.ipynb #97db2a27
+def _read_picture(file, *how): # 3 x side x side
+    "A picture of a file, which must be an ordinary one, or of bytes."
+    if isinstance(file, (str, Path)): regular_file(file)
+    return load_image(file, *how)
+
+def _reason(file, e): # "too small"
+    "Why a picture was left out, without its name and its numbers."
+    return e.args[0].removeprefix(f"{file}: ").split(" (")[0]
+
 def _check_broken(source, images, skipped):
     "No pictures at all, or too many broken ones, is an error."
     if not images:
@@ -88,10 +97,10 @@ def image_set(
         if len(images) == n: break
         file = files[k]
         try:
-            picture = load_image(file, side, resize, min_side)
+            picture = _read_picture(file, side, resize, min_side)
             images.append((picture * 255).round().byte())
         except UserError as e:
-            skipped[str(e).removeprefix(f"{file}: ").split(" (")[0]] += 1
+            skipped[_reason(file, e)] += 1
     _check_broken(source, images, skipped)
     return torch.stack(images), dict(skipped)
 
@@ -119,11 +128,12 @@ def open_picture(
     folder=None # Where paths begin
 ): # PIL image in RGB
     "Decode a picture, or say what is wrong with it."
-    value = _openable(value, folder)
     try:
-        return to_pil(load_image(value))
+        return to_pil(_read_picture(_openable(value, folder)))
     except UserError as e:
-        raise Skip(str(e).split(": ")[-1].split(" (")[0]) from None
+        raise Skip(e.args[0].split(": ")[-1].split(" (")[0]) from None
+    except (OSError, TypeError, ValueError):  # a name that no file can have, bytes that are none
+        raise Skip("no such file") from None
 
 # %% ../../nbs/00f_pictures.ipynb #1334870f
 def window(width, height, crop: str, rng): # (left, top, right, bottom) in pixels

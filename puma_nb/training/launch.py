@@ -10,7 +10,7 @@ import os, sys
 from datetime import timedelta
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ..core import *
@@ -29,10 +29,17 @@ def end_processes(): # The last call of a program that may have been started mor
     os._exit(0)
 
 # %% ../../nbs/00o_launch.ipynb #36794b45
+def _forget_accelerator():
+    "Reset what `accelerate` remembers; an accelerate without that method has its states emptied."
+    reset = getattr(AcceleratorState, "_reset_state", None)
+    if reset: return reset(True)  # processes stay connected
+    for state in (AcceleratorState, PartialState):
+        getattr(state, "_shared_state", {}).clear()
+
 def make_accelerator(device: str = None, bf16: bool = True):
     "An accelerator: bf16 where it pays."
     dev = pick_device(device)
-    AcceleratorState._reset_state(True)  # processes stay connected
+    _forget_accelerator()
     # the others wait while the first process evaluates
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     # else bf16 copies of all weights live until the forward pass ends, of divided models, too

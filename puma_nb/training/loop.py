@@ -23,6 +23,10 @@ from .log import *
 from .task import *
 
 # %% ../../nbs/00q_loop.ipynb #c539e2ac
+# Whole numbers of a run; the upper bounds are ours, far beyond what fits into memory or a life
+_BOUNDS = (("accumulate", 1, 10**4), ("ahead", 0, 10**3), ("save_every", 1, 10**9),
+           ("norms_every", 0, 10**9))
+
 @dataclass(frozen=True)
 class Run:
     "How a stage is run, whatever it trains."
@@ -40,12 +44,11 @@ class Run:
         if self.bad_step not in ("stop", "skip"):
             raise UserError(f"unknown choice {self.bad_step!r} for a bad step: "
                             "choose stop or skip")
-        too_few = min(self.accumulate, self.save_every) < 1
-        negative = self.ahead < 0 or self.norms_every < 0
-        if too_few or negative or (self.spike and self.spike <= 1):
-            raise UserError("a run wants at least one micro-batch and one step between "
-                            "checkpoints, no negative numbers, "
-                            "and a spike above 1 (or 0 for none)")
+        for name, low, high in _BOUNDS:
+            checked_number(getattr(self, name), f"a run's {name}", low, high, whole=True)
+        checked_number(self.spike, "a run's spike", 0)
+        if 0 < self.spike <= 1:
+            raise UserError("a run wants a spike above 1 (or 0 for none)")
 
 # %% ../../nbs/00q_loop.ipynb #d3f2b612
 class Batches:

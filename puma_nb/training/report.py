@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import *
+from ..errors import *
 from ..presets import *
 from .launch import *
 from .log import *
@@ -46,10 +47,26 @@ def speed_report(task, stage, log): # dict: samples/s, FLOP/s, share of the ceil
                 share=round(flops / top, 4))
 
 # %% ../../nbs/00r_report.ipynb #59e8fda1
+def _is_gate(gate):
+    "Whether a gate is as `_gate` makes it."
+    return isinstance(gate, dict) and {"value", "wanted", "passed"} <= gate.keys()
+
+def _check_report(path, report):
+    "Refuse what `finish_stage` has not written."
+    whole = isinstance(report, dict) and isinstance(report.get("gates"), dict)
+    if not (whole and all(map(_is_gate, report["gates"].values()))):
+        raise UserError(f"{path}: not the report of a stage (its gates are missing); delete it, "
+                        "and the stage is trained again")
+    checked_number(report.get("seconds", 0), f"{path}: seconds", 0)
+
 def read_stage(out, name): # None if the stage has not finished
     "The report of a finished stage."
     path = Path(out) / name / "stage.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists(): return None
+    with reading(path, "report of a stage"):
+        report = json.loads(regular_file(path).read_text())
+    _check_report(path, report)
+    return report
 
 def _gate(value, wanted):
     "A gate as it stands in the report."

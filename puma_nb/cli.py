@@ -7,7 +7,7 @@ __all__ = ['EXAMPLE', 'STAGE_NAMES', 'TABLE_NAMES', 'AT_ONCE', 'MOST', 'COMMANDS
            'reconstruct', 'train', 'evaluate', 'plan', 'nano_minutes', 'doctor', 'usage', 'main']
 
 # %% ../nbs/07_cli.ipynb #07782cee
-import errno, json, math, os, platform, shutil, sys, warnings
+import errno, json, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
 from fastcore.script import Param, anno_parser, store_true

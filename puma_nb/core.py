@@ -380,9 +380,8 @@ MAX_LAYERS = 1000   # ours: where no preset says how many
 def _check_files(folder, what):
     "All of a part's files are files, and those in JSON are tables."
     for path in sorted(Path(folder).iterdir()):
-        if path.is_dir(): continue
-        if not path.is_file(): raise UserError(f"{path}: not a file")
-        if path.suffix != ".json": continue
+        if path.suffix not in (".json", ".safetensors"): continue
+        if regular_file(path).suffix != ".json": continue
         with reading(path, what):
             if path.stat().st_size > MAX_CONFIG: raise ValueError("too long")
             if not isinstance(json.loads(path.read_text("utf-8")), dict):

@@ -751,8 +751,8 @@ def _flat(table: dict, prefix: str = ""): # {"mllm": {"layers": 8}} -> {"mllm.la
 
 def read_preset(path): # A `Preset`
     "A preset from a TOML file."
-    try: table = tomllib.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError: raise UserError(f"{path}: no such file") from None
+    try: table = tomllib.loads(regular_file(path).read_text("utf-8"))
+    except UserError: raise
     except (OSError, ValueError, RecursionError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path}: not a readable preset ({reason})") from None

@@ -27,7 +27,7 @@ from puma_nb.data import cards, loaders, pictures
 from puma_nb.errors import SCALES, UserError
 from puma_nb.models import autoencoder, decoders, mllm, processor, pyramid
 from puma_nb.plan import make_plan
-from puma_nb.presets import get_preset
+from puma_nb.presets import PRESET_FILE, get_preset, read_preset, write_preset
 from puma_nb.recipes import pretrain, system
 from puma_nb.training.loop import Run
 from puma_nb.world.oracle import parse_caption
@@ -35,7 +35,7 @@ from puma_nb.world.samples import train_tokenizer
 
 # Whether a broken folder of a model counts as a failure of the test, too: True as soon as the
 # loaders of chapters 1 to 3 refuse each of them.
-MODEL_FOLDERS_COUNT = False
+MODEL_FOLDERS_COUNT = True
 
 PATIENCE = 30    # seconds for one input
 ROOM = 3 * 2**30  # bytes that one input may take
@@ -194,7 +194,8 @@ def pico_system(out):
     words = train_tokenizer(p.mllm.vocab_size)
     words.save_pretrained(out / "tokenizer")
     model = mllm.build_mllm(p, words, pyramid.load_stats(out))
-    processor.save_mllm(model, words, out / "instruct")
+    processor.save_mllm(model, processor.build_processor(p, words), out / "instruct")
+    write_preset(p, out / PRESET_FILE)
     save_json(dict(stage="instruct", gates={}, seconds=1), out / "instruct" / "stage.json")
     return out
 
@@ -219,7 +220,7 @@ class Home:
             return real(self.system, *args, **kwargs)
         def begun(preset, out, stages, seed, resume, device, *others, **options):
             pick_device(device)
-            system.same_preset(preset, out)
+            system.keep_preset(preset, out)
             raise Enough
         monkeypatch.setattr(puma, "Puma", system_of)
         monkeypatch.setattr(system, "train_system", begun)
@@ -578,6 +579,7 @@ PARTS = {
     "instruct/tokenizer.json": processor.load_mllm,
     "instruct/tokenizer_config.json": processor.load_mllm,
     "instruct/processor_config.json": processor.load_mllm,
+    PRESET_FILE: lambda folder: read_preset(folder / PRESET_FILE),
 }
 
 
@@ -637,6 +639,19 @@ def broken_tensors(rng, path):
     return f"{key} {value} of {name}"
 
 
+def broken_toml(rng, path):
+    "Change a line of a preset; what was done."
+    lines = path.read_text().splitlines()
+    path.unlink()
+    k = rng.choice([k for k, line in enumerate(lines) if "=" in line])
+    name = lines[k].partition("=")[0]
+    value = rng.choice(("0", "-1", "1e400", "nan", '"x"', "[]", "[[1]]", "true", "1979-05-27",
+                        "9" * 5000, "100_000", "{a = 1}", deep(5000), "", "10.5"))
+    lines[k] = rng.choice((f"{name} = {value}", f"nothing = {value}", f"[{name}]", "\udc80"[:0]))
+    path.write_text("\n".join(lines))
+    return lines[k][:60]
+
+
 def model_folder(home, rng, box):
     "The folder of a system with one file that is broken."
     folder = box / "system"
@@ -648,8 +663,9 @@ def model_folder(home, rng, box):
     pipes = MODEL_FOLDERS_COUNT or path.suffix == ".json"
     if r < .15: what = other_file(rng, path, pipes)
     elif r < .3: what = cut(rng, path)
-    elif path.suffix == ".json": what = broken_json(rng, path)
-    else: what = broken_tensors(rng, path)
+    else:
+        how = {".json": broken_json, ".toml": broken_toml, ".safetensors": broken_tensors}
+        what = how[path.suffix](rng, path)
     def decoder():
         decoders.Decoders(get_preset("pico"), folder, "cpu").model(2)
     load = PARTS[name]
@@ -672,7 +688,7 @@ def stage_report(home, rng, box):
     else: what = broken_json(rng, path)
     def call():
         with contextlib.redirect_stdout(io.StringIO()):
-            cli._say_done(box, "pico")
+            cli._say_done(box)
     return what, call
 
 

@@ -154,7 +154,7 @@ def feature_stats(f0): # N x 256 x C
 def load_stats(model_dir=None):
     "Statistics of a trained system's encoder."
     path = Path(model_dir or package_dir("weights")) / "encoder" / "feature_stats.safetensors"
-    with reading(path, "feature statistics"): t = load_file(path)
+    with reading(path, "feature statistics"): t = load_file(regular_file(path))
     return FeatureStats(t["mean"].float(), t["std"].float())
 
 # %% ../../nbs/01_pyramid.ipynb #9860913b

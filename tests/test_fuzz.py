@@ -225,7 +225,8 @@ class Home:
         monkeypatch.setattr(puma, "Puma", system_of)
         monkeypatch.setattr(system, "train_system", begun)
         def measured(*args, **kwargs): raise Enough
-        for table in tables.TABLES: monkeypatch.setitem(tables.TABLES, table, measured)
+        for table in tables.TABLES:
+            monkeypatch.setitem(tables.TABLES, table, measured)
         for name in ("generate", "generate_auto", "edit", "reconstruct"):
             self._once(monkeypatch, real, name, rng.random() < .1)
         yield

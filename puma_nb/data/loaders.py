@@ -532,7 +532,11 @@ def _read(rows: CardSet, shard, row, key): # A sample; `key` chooses crops and d
     "The sample of one row; raises `Skip`."
     if (shard, row) in rows.left_out: raise Skip("in another set")
     rng = np_rng(rows.seed, rows.loader.card.name, key)
-    return rows.loader.sample(rows.tables[shard][row], rng)
+    try:
+        found = rows.tables[shard][row]
+    except ValueError as e:  # a table's damaged page, text that is not UTF-8
+        raise Skip(f"malformed ({type(e).__name__})") from None
+    return rows.loader.sample(found, rng)
 
 def _count_skipped(rows: CardSet, why):
     "One row more that was left out; stops the run if there are too many."

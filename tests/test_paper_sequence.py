@@ -121,4 +121,5 @@ def test_sequence_mask_and_loss_are_the_papers(family, tokenizer):
 def test_nano_plain_differs_from_nano_in_what_is_ours_only():
     nano, plain = PRESETS["nano"], PRESETS["nano-plain"]
     changed = replace(nano.mllm, **OURS)
-    assert replace(nano, name="nano-plain", mllm=changed, sources=plain.sources) == plain
+    same = dict(name="nano-plain", base="nano-plain", sources=plain.sources)
+    assert replace(nano, mllm=changed, **same) == plain

@@ -189,37 +189,46 @@ def _open_rgb(path, min_side: int):
         raise UserError(f"{path}: not a readable image ({type(e).__name__})") from None
 
 # %% ../nbs/00c_core.ipynb #b9eaad08
-def _center_square(x):
-    "The middle square of pictures."
-    h, w = x.shape[-2:]
-    side = min(h, w)
-    top = (h - side) // 2
-    left = (w - side) // 2
-    return x[..., top:top + side, left:left + side]
+def _middle(width, height): # (left, top, right, bottom)
+    "The middle square of a picture."
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
-def resized(x, side: int, resize: str = "squash"): # ... x 3 x side x side in 0..1
-    "Pictures (... x 3 x H x W, uint8 or 0..1) as squares, bilinear with antialiasing."
-    if resize not in RESIZES:
-        raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
-    if resize == "crop": x = _center_square(x)
+def _check_resize(resize):
+    if resize in RESIZES: return
+    raise UserError(f"unknown resize {resize!r}: choose one of {', '.join(RESIZES)}")
+
+def _square(im, side: int, resize: str): # PIL images
+    "A picture as a square, bilinear, as the released code does it."
+    if resize == "crop": im = im.crop(_middle(*im.size))
+    return im.resize((side, side), Image.BILINEAR)
+
+def resized(x, side: int, resize: str = "squash"): # N x 3 x side x side in 0..1
+    "The same for a batch that is on a device already; it differs by the rounding of bytes."
+    _check_resize(resize)
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if resize == "crop":
+        left, top, right, bottom = _middle(x.shape[-1], x.shape[-2])
+        x = x[..., top:bottom, left:right]
     if x.shape[-2:] == (side, side): return x
-    one = x.dim() == 3
-    if one: x = x[None]
     x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    x = x.clamp(0, 1)
-    return x[0] if one else x
+    return x.clamp(0, 1)
 
 # %% ../nbs/00c_core.ipynb #43284d32
-def _pixels(picture, min_side: int): # 3 x H x W, uint8 or 0..1
-    "A picture of any kind as a tensor, or what is wrong with it."
+def _as_pil(picture, min_side: int):
+    "A picture of any kind as an image of PIL, or what is wrong with it."
+    if isinstance(picture, torch.Tensor): return to_pil(_unit(picture))
     if isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.dtype == np.uint8:
         picture = Image.fromarray(picture)
-    if not isinstance(picture, torch.Tensor):
-        return torch.from_numpy(np.array(_open_rgb(picture, min_side))).permute(2, 0, 1)
-    is_rgb = picture.dim() == 3 and len(picture) == 3
-    if is_rgb and picture.numel(): return picture
-    raise UserError(f"not a picture: a tensor of shape {tuple(picture.shape)}; "
+    return _open_rgb(picture, min_side)
+
+def _unit(x): # 3 x H x W in 0..1
+    "A tensor's numbers between 0 and 1, or what is wrong with it."
+    is_rgb = x.dim() == 3 and len(x) == 3
+    if is_rgb and x.numel():
+        return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    raise UserError(f"not a picture: a tensor of shape {tuple(x.shape)}; "
                     "wanted is 3 x H x W, bytes or numbers in 0..1")
 
 def load_image(
@@ -229,9 +238,13 @@ def load_image(
     min_side: int = 0      # Smaller pictures are refused
 ): # 3 x H x W in 0..1
     "A picture as a tensor, or what is wrong with it."
-    x = _pixels(picture, min_side)
-    if size: return resized(x, size, resize)
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    _check_resize(resize)
+    if isinstance(picture, torch.Tensor):
+        x = _unit(picture)
+        if size is None or x.shape[-2:] == (size, size): return x
+    im = _as_pil(picture, min_side)
+    if size: im = _square(im, size, resize)
+    return torch.from_numpy(np.array(im)).permute(2, 0, 1).float() / 255
 
 def is_one_picture(images):
     "Whether this is one picture, and no list or batch of them."

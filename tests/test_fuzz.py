@@ -253,12 +253,11 @@ def prompts(home, rng, box):
         others = [w for w in pieces if isinstance(w, str)]
         text = "".join(rng.choice(others) for _ in range(rng.randrange(1, 6)))
     ways = dict(
-        generate=lambda: home.puma.prompts(puma._caption_segments(text)),
-        several=lambda: puma._caption_segments([text, None, text][:few]),
-        ask=lambda: puma.each(text, [0], "question"),
+        generate=lambda: home.puma.generate(text, 4),
+        several=lambda: puma.Asked([text, None, text][:few], what="prompt"),
+        ask=lambda: puma.Asked([text], [home.picture], what="question"),
         scene=lambda: parse_caption(text))
     way = rng.choice(list(ways))
-    if not isinstance(text, str): way = "ask"
     return f"{way} {text!r}"[:200], ways[way]
 
 

@@ -257,6 +257,7 @@ def prompts(home, rng, box):
         several=lambda: puma.Asked([text, None, text][:few], what="prompt"),
         ask=lambda: puma.Asked([text], [home.picture], what="question"),
         scene=lambda: parse_caption(text))
+    if not isinstance(text, str): del ways["scene"]
     way = rng.choice(list(ways))
     return f"{way} {text!r}"[:200], ways[way]
 
@@ -395,7 +396,7 @@ def picture(home, rng, box):
         try: pictures.open_picture(place, box)
         except pictures.Skip as e: raise UserError(str(e)) from None
     ways = dict(
-        photo=lambda: cli._photo(path, 32),
+        photo=lambda: home.puma.pictures(path),
         set=lambda: pictures.image_set(box, 16),
         row=row,
         ask=command("ask", str(path), "what is it?", "--model", str(home.system)))
@@ -780,6 +781,7 @@ def test_every_broken_input_is_one_line(home):
 
 
 def main():
+    faulthandler.enable()
     p = argparse.ArgumentParser(description="Broken inputs at random: what becomes of them.")
     p.add_argument("--full", action="store_true", help="10,000 inputs and a few more")
     p.add_argument("--inputs", type=int, default=1000)

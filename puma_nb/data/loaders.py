@@ -80,9 +80,25 @@ def _broken(source, e):
     said = str(e.__cause__ or e).strip().splitlines() or ["no rows?"]
     return UserError(f"{source}: cannot be read ({type(e).__name__}: {said[0]})")
 
+def _check_lines(file):
+    "Refuse lines that hold no row: at `null`, Arrow's reader would end the whole process."
+    number, begins = 0, True
+    with open(file, "rb") as f:
+        while piece := f.readline(2**20):  # a line may be longer than memory
+            number += begins
+            start = piece.lstrip()[:1] if begins else b""
+            if number == 1 and start == b"[":
+                return  # one list of rows, read otherwise
+            if start not in (b"", b"{"):
+                raise UserError(f"{file}: line {number} is not a row (it begins with "
+                                f"{piece.strip()[:20]!r}); each must be like {{...}}")
+            begins = piece.endswith(b"\n")
+
 def _table(source, name, files, streaming):
     "Parquet or JSON files as one table."
     paths = [str(f) for f in files]
+    if name == "json":
+        for f in files: _check_lines(f)
     try:
         return load_dataset(name, data_files=paths, split="train", streaming=streaming)
     except Exception as e:

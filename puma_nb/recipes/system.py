@@ -31,7 +31,7 @@ STAGES = dict(
 def keep_preset(preset: Preset, out):
     "Keep a preset in a system's folder; one that makes other networks than before is refused."
     path = Path(out) / PRESET_FILE
-    if path.exists():
+    if path.exists() and any((Path(out) / s).exists() for s in STAGES):
         changed = changed_form(read_preset(path), preset)
         if changed:
             raise UserError(
@@ -80,12 +80,12 @@ def train_system(
     "Run stages one after the other, each from what the ones before left in `out`."
     if processes() > 1:
         make_accelerator(device)  # connects the processes, with patience
+    todo = [name for name in stages if not (resume and _finished(name, out))]
+    for name in todo: _check_source(name, preset, options)
     keep_preset(preset, out)
     if processes() > 1: PartialState().wait_for_everyone()  # all have compared
     preset = scaled_steps(preset, scale_steps)
-    for name in stages:
-        if resume and _finished(name, out): continue
-        _check_source(name, preset, options)
+    for name in todo:
         if not _is_released(name, preset):
             STAGES[name](preset, out, seed, resume, device, progress, run, **options.get(name, {}))
         elif is_main():

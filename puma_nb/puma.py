@@ -60,8 +60,9 @@ class Puma:
 
     def prompts(self, segments_list, images=None, image=True, source=None): # A `Batch`
         "Prompts as a batch; `images` (N x 3 x H x W) are those that the segments refer to."
-        store = _prompt_store(self, images)
-        return self.processor.batch(segments_list, store, source=source, prompt=True, paint=image)
+        rows = self.processor.rows(segments_list, source=source, prompt=True, paint=image)
+        _check_length(rows["ids"].shape[1], self.model.config.text_config)
+        return add_features(rows, _prompt_store(self, images))
 
     def paint(
         self, prompts,     # A function: a slice of the prompts -> `Batch`
@@ -188,6 +189,13 @@ def _scales_of(scales): # A tuple
     named = tuple(map(parse_scale, scales))
     if not named: raise UserError("no scale: choose from 0, 1, 2, 3, 4")
     return named
+
+def _check_length(tokens, text_config):
+    "Refuse prompts that leave no room for an image."
+    most = text_config.max_position_embeddings - tokens_until(0) - 2
+    if tokens <= most: return
+    raise UserError(f"the prompt is too long: {tokens:,} tokens with its images, "
+                    f"at most {most:,} fit")
 
 def _prompt_store(puma, images): # A `FeatureStore`
     "The features of the images that prompts refer to; without images a placeholder."

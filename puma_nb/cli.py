@@ -10,7 +10,7 @@ __all__ = ['EXAMPLE', 'STAGE_NAMES', 'TABLE_NAMES', 'AT_ONCE', 'MOST', 'COMMANDS
 import errno, json, os, platform, shutil, sys, warnings
 from importlib.metadata import version
 from pathlib import Path
-from fastcore.script import Param, anno_parser, store_true
+from fastcore.script import anno_parser, store_true
 from .errors import *
 from .presets import *
 
@@ -307,9 +307,7 @@ def train(
     # with, or nano
     preset: str = None,
     # A number of the preset: NAME=VALUE, such as mllm.layers=8; may be said several times
-    set: Param(
-        "A number of the preset: NAME=VALUE, such as mllm.layers=8; may be said several times",
-        str, action="append") = None,
+    set: str = None,
     stage: str = "all",     # encoder, autoencoder, decoders, pretrain, instruct, or all
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
@@ -344,7 +342,7 @@ def train(
     "Train a system, stage by stage; interrupted runs go on with --resume."
     checked_number(scale_steps, "--scale-steps", 1e-9, 1e6)
     p = get_preset(preset) if preset else system_preset(out)
-    p = with_numbers(p, parse_settings(set or ()), "--set")
+    p = with_numbers(p, parse_settings((set or "").splitlines()), "--set")
     begun = _is_finished(out, stage)
     _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, begun))
     names = STAGE_NAMES if stage == "all" else (stage,)
@@ -582,6 +580,15 @@ def _option(word): # --bad-step=skip is --bad_step=skip
 # Texts whose own check says what they are
 _SAID = ("prompt", "question", "instruction")
 
+def _one_set(words): # --set a=1 --set b=2: one option with a line for each
+    "What is said with several --set, as `train` takes it."
+    rest, said, words = [], [], iter(words)
+    for word in words:
+        if word == "--set": said.append(next(words, ""))
+        elif word.startswith("--set="): said.append(word.removeprefix("--set="))
+        else: rest.append(word)
+    return rest + ["--set=" + "\n".join(said)] * bool(said)
+
 def _parse(name, words): # Keyword arguments of the command
     "Read a command's options; a mistake in them is the user's error."
     def wrong(message):
@@ -589,7 +596,7 @@ def _parse(name, words): # Keyword arguments of the command
     parser = anno_parser(COMMANDS[name], f"puma-nb {name}")
     parser.error = wrong
     if any("\0" in word for word in words): wrong("a NUL character")
-    options = vars(parser.parse_args([_option(word) for word in words]))
+    options = vars(parser.parse_args(_one_set(map(_option, words))))
     for option, value in options.items():  # `--images $PHOTOS` where there is no such variable
         if value == "" and option not in _SAID:
             wrong(f"--{option.replace('_', '-')} is empty")

@@ -62,15 +62,13 @@ class PretrainTask(MLLMTask):
     def said(self, model, n=4): # what it says of the first validation pictures
         asked = [[image_segment(k, False)] for k in range(n)]
         store = FeatureStore(self.held[1][:n], model.stats)
-        scale = self.preset.mllm.source_scale
-        b = prompt_batch(asked, self.tokenizer, store, scale, image=False)
+        b = self.processor.batch(asked, store, prompt=True)
         return [self.tokenizer.decode(ids).strip() for ids in generate_text(model, b)]
 
     def sample(self, model, step, folder):
         if self.decoders is None: return
         asked = [[text_segment(p, False)] for p in PROMPTS]
-        scale = self.preset.mllm.source_scale
-        b = prompt_batch(asked, self.tokenizer, self.store, scale, image=True)
+        b = self.processor.batch(asked, self.store, paint=True)
         features = generate_image(model.eval(), b, 2)[2]
         pictures = self.decoders.decode(features, 2, seeds=list(range(len(PROMPTS))))
         captions = []

@@ -21,7 +21,7 @@ def to_png(picture, size: int = 256): # A figure, or a tensor 3 x H x W in 0..1
         picture.savefig(f, format="png", dpi=90, bbox_inches="tight")
         plt.close(picture)
     else:
-        im = to_pil(picture)
+        im = to_pil(load_image(picture))
         im.resize((max(size, im.width),) * 2, 0).save(f, "PNG")
     return f.getvalue()
 

@@ -195,7 +195,8 @@ def test_accumulation_to_the_end(system, tmp_path):
     assert main([*argv, str(pieces), "--accumulate", "4"]) == 0
     rows = [read_log(folder / "pretrain" / "log.jsonl") for folder in (whole, pieces)]
     for a, b in zip(*rows, strict=True):
-        for k in ("loss", "text", "grad_norm"): assert a[k] == pytest.approx(b[k], rel=1e-4)
+        for k in ("loss", "text", "grad_norm"):
+            assert a[k] == pytest.approx(b[k], rel=1e-4)
     assert "speed" in json.loads((pieces / "pretrain" / "stage.json").read_text())
     assert main(["generate", "a cross", "--model", str(pieces), "--out", str(tmp_path)]) == 0
 

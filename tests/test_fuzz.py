@@ -531,12 +531,21 @@ def shard(rng, path, home):
     return cut(rng, path) if rng.random() < .3 else "members"
 
 
+def other_bytes(rng, path):
+    "Change a few bytes of a file; what was done."
+    data = bytearray(path.read_bytes())
+    n = rng.randrange(1, 6)
+    for _ in range(n): data[rng.randrange(len(data))] = rng.randrange(256)
+    path.write_bytes(data)
+    return f"{n} other bytes"
+
+
 def table(rng, path, home):
     "A file of JSON lines or a parquet table with something wrong; what."
     rows = [dict(ROW, image=str(home.picture)) for _ in range(3)]
     if path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
-        return cut(rng, path)
+        return cut(rng, path) if rng.random() < .5 else other_bytes(rng, path)
     lines = [json.dumps(r) for r in rows]
     bad = (deep(5000), "{", "null", "[]", "5", '{"image": 1}', '{"a": NaN}', "", "\0", "\ufeff{}",
            '{"caption": {"a": 1}}', '{"caption": 1e999}', '{"a": ' + "9" * 9000 + "}", "{}", "x")

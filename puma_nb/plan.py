@@ -105,7 +105,7 @@ MAX_SIDE = 2**14  # ours: pixels
 def check_side(preset, side=None): # Pixels; None: the preset's
     "A side of pictures that the decoders can halve as often as they must."
     own = preset.autoencoder.image_size
-    unit = 2**(len(preset.autoencoder.channels) + len(preset.decoder.channels) - 2)
+    unit = own // latent_side(preset.autoencoder) * 2 ** (len(preset.decoder.channels) - 1)
     if side is None: return own
     checked_number(side, "a side of pictures", unit, MAX_SIDE, whole=True)
     if preset.decoder.coordinates and side != own:
@@ -122,7 +122,7 @@ def decoder_flops(
 ): # FLOP of one training sample at `side` pixels
     "Operations of a decoder for one image, counted on the meta device."
     side = check_side(preset, side)
-    small = side // 2**(len(preset.autoencoder.channels) - 1)
+    small = latent_side(preset.autoencoder, side)
     with torch.device("meta"):
         model = build_decoder(preset, scale)
         latents = torch.empty(1, preset.autoencoder.latent_channels, small, small)
@@ -142,7 +142,7 @@ def frozen_flops(preset: Preset, side: int = None): # FLOP of one picture
         autoencoder = build_autoencoder(preset.autoencoder)
         encoder = CLIPVisionModel(vision_config(preset.encoder))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            autoencoder.encode(torch.empty(1, 3, side, side))  # forward passes alone
+            posterior(autoencoder, torch.empty(1, 3, side, side))  # forward passes alone
             encoder(torch.empty(1, 3, small, small))
     return counter.get_total_flops()
 

@@ -46,6 +46,8 @@ class AutoencoderPreset:
     norm_groups: int
     attention: bool         # self-attention in the middle block
     image_size: int         # pixels of the pictures that go in and come out
+    # squares of so many pixels a side are folded into channels at both ends; 1: none are
+    unshuffle: int
 
 # %% ../nbs/00b_presets.ipynb #1d04b450
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ _NANO["autoencoder"] = dict(
     norm_groups=(16, "ours"),
     attention=(False, "ours: on in SDXL"),
     image_size=(32, "ours: 1024 in SDXL"),
+    unshuffle=(1, "SDXL folds none"),
 )
 
 # %% ../nbs/00b_presets.ipynb #05a6ee60
@@ -448,6 +451,7 @@ _PAPER["autoencoder"] = dict(
     norm_groups=(32, _SDXL),
     attention=(True, _SDXL),
     image_size=(1024, _SDXL),
+    unshuffle=(1, _SDXL),
 )
 
 # %% ../nbs/00b_presets.ipynb #2eb5d757
@@ -710,6 +714,8 @@ def _wrong_together(p: Preset): # {sentence: whether it holds}
             m.hidden_size % m.heads or m.heads % m.kv_heads,
         "autoencoder.channels must be multiples of norm_groups":
             any(c % a.norm_groups for c in a.channels),
+        "autoencoder.image_size must be a multiple of unshuffle, halved after each level":
+            a.image_size % (a.unshuffle * 2 ** (len(a.channels) - 1)),
         "decoder.channels must be multiples of norm_groups":
             any(c % d.norm_groups for c in d.channels),
         "decoder.channels and decoder.transformers must have as many levels":

@@ -31,8 +31,8 @@ class AutoencoderNet(nn.Module):
         self.vae = vae
 
     def forward(self, x, noise): # -> (B x 3 x H x W, KL of each image)
-        q = self.vae.encode(x).latent_dist
-        return self.vae.decode(q.mean + q.std * noise).sample, q.kl()
+        q = posterior(self.vae, x)
+        return to_pixels(self.vae, q.mean + q.std * noise), q.kl()
 
 # %% ../../nbs/01c_autoencoder_training.ipynb #dea52ebf
 class AutoencoderTask(Task):
@@ -57,7 +57,7 @@ class AutoencoderTask(Task):
         device = next(self.model.parameters()).device
         x = self.images[sample_ids(positions, len(self.images), self.seed)]
         x = x.to(device).float() / 127.5 - 1
-        side = x.shape[-1] // 2 ** (len(p.channels) - 1)
+        side = latent_side(p, x.shape[-1])
         noise = noise_for(positions, p.latent_channels, side, side, keys=(self.seed, "posterior"))
         return dict(x=x.to(memory_format=memory_format(device)), noise=noise.to(device))
 

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 from puma_nb.core import pick_device
+from puma_nb.models.autoencoder import latent_side
 from puma_nb.models.decoders import build_decoder, noise_schedule
 from puma_nb.models.generation import generate_image
 from puma_nb.models.sequence import Batch
@@ -43,7 +44,7 @@ def step_speed(preset, pixels, size, compiled, channels_last, checkpointing, pea
     "Images a second, peak memory and MFU of one setting."
     torch.manual_seed(0)
     if device.type == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()  # a setting that ran out of memory leaves its peak behind
-    a, side = preset.autoencoder, pixels // 2 ** (len(preset.autoencoder.channels) - 1)
+    a, side = preset.autoencoder, latent_side(preset.autoencoder, pixels)
     with device: model = build_decoder(preset, 0)
     model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
     if checkpointing: model.unet.enable_gradient_checkpointing()

@@ -23,7 +23,7 @@ class WorldPreset:
     val: int                # scenes for validation
     max_objects: int        # objects in a scene
     edits: int              # edit pairs for training
-    conditions: int         # (grey image, image) pairs for training
+    conditions: int         # (condition, image) pairs for training
 
 # %% ../nbs/00b_presets.ipynb #401b562d
 @dataclass(frozen=True)
@@ -227,15 +227,15 @@ def _stage(
 _NANO = {}
 _NANO["world"] = dict(
     train=(12000, _BUDGET),
-    pairs=(24000, "ours: two things in one picture must be seen in many combinations"),
+    pairs=(24000, "ours: things in one picture must be seen in many combinations"),
     val=(1000, "ours"),
-    max_objects=(2, "ours"),
+    max_objects=(4, "ours"),
     edits=(12000, _BUDGET),
     conditions=(4000, _BUDGET),
 )
 _NANO["encoder"] = dict(
-    image_size=(32, "ours: 224 in 4.1"),
-    patch_size=(2, "ours: keeps the 16x16 grid of 4.1"),
+    image_size=(64, "ours: 224 in 4.1"),
+    patch_size=(4, "ours: keeps the 16x16 grid of 4.1"),
     hidden_size=(96, "ours: 1024 in CLIP-L"),
     layers=(4, "ours: 24 in CLIP-L"),
     heads=(3, "ours: 16 in CLIP-L"),
@@ -243,13 +243,13 @@ _NANO["encoder"] = dict(
     projection_size=(64, "ours: 768 in CLIP-L"),
 )
 _NANO["autoencoder"] = dict(
-    channels=((32, 64, 96), "ours"),
+    channels=((48, 96), "ours: two levels and the folding make 16x16 latents"),
     layers_per_block=(1, "ours"),
     latent_channels=(8, "ours: 4 in SDXL"),
     norm_groups=(16, "ours"),
     attention=(False, "ours: on in SDXL"),
-    image_size=(32, "ours: 1024 in SDXL"),
-    unshuffle=(1, "SDXL folds none"),
+    image_size=(64, "ours: 1024 in SDXL"),
+    unshuffle=(2, "ours: half the side, a quarter of the work; SDXL folds none"),
 )
 
 # %% ../nbs/00b_presets.ipynb #05a6ee60
@@ -269,7 +269,7 @@ _NANO["decoder"] = dict(
     blank=(0.1, "A.1"),
     min_snr=(5.0, "ours"),
     feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"),
-    min_side=(32, "ours: 512 in A.1"),
+    min_side=(64, "ours: 512 in A.1"),
     resize=("crop", "A.1"),
     features=("cached", "ours: they fit into memory"),
     attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
@@ -281,7 +281,7 @@ _NANO["decoder"] = dict(
 
 # %% ../nbs/00b_presets.ipynb #e5465097
 _NANO["mllm"] = dict(
-    vocab_size=(512, "ours"),
+    vocab_size=(768, "ours: 256 bytes, and a token for nearly every word of the world"),
     hidden_size=(192, "ours: 4096 in LLaMA-3 8B"),
     layers=(6, "ours: 32 in LLaMA-3 8B"),
     heads=(3, "ours: 32 in LLaMA-3 8B"),
@@ -352,7 +352,7 @@ _PICO["encoder"] = dict(
     hidden_size=(16, _FEW), layers=(1, _FEW), heads=(2, _FEW), mlp_size=(32, _FEW),
     projection_size=(8, _FEW))
 _PICO["autoencoder"] = dict(
-    channels=((8, 8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW))
+    channels=((8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW))
 _PICO["decoder"] = dict(
     channels=((8, 16), _FEW), heads=(2, _FEW), cross_size=(16, _FEW), norm_groups=(4, _FEW),
     coordinates=(8, _FEW), sampling_steps=(3, _FEW))
@@ -375,23 +375,24 @@ _MINI["world"] = dict(
     conditions=(20000, _GPU),
 )
 _MINI["encoder"] = dict(
-    image_size=(64, "ours"),
-    patch_size=(4, "ours: keeps the 16x16 grid of 4.1"),
+    image_size=(128, "ours"),
+    patch_size=(8, "ours: keeps the 16x16 grid of 4.1"),
     hidden_size=(128, "ours"),
     layers=(6, "ours"),
     heads=(4, "ours"),
     mlp_size=(384, "ours"),
 )
 _MINI["autoencoder"] = dict(
-    channels=((48, 96, 128), "ours"),
-    image_size=(64, "ours"),
+    channels=((64, 128, 128), "ours: three levels and the folding make 16x16 latents"),
+    image_size=(128, "ours"),
+    unshuffle=(2, "ours: as in nano"),
 )
 
 # %% ../nbs/00b_presets.ipynb #6f0f59cc
 _MINI["decoder"] = dict(
     channels=((80, 112), "ours"),
     heads=(4, "ours"),
-    min_side=(64, "ours: 512 in A.1"),
+    min_side=(128, "ours: 512 in A.1"),
     cross_size=(128, "ours"),
     attention=("fused", "ours: the library's default"),
 )

@@ -23,7 +23,6 @@ MAY_IMPORT = {
     "core": {"errors", "presets"},
     "data": _BASE | {"data"},
     "world": _BASE | {"data.segments", "world"},
-    "world64": _BASE | {"data.segments", "world64"},
     "training": _BASE | {"training"},
     "models": _BASE | {"data.segments", "models"},
     "widgets": _BASE,

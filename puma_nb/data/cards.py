@@ -13,7 +13,7 @@ from ..errors import *
 
 # %% ../../nbs/00g_cards.ipynb #e0f84ac9
 # Names of the world's builders: the keys of `BUILDERS` in `world.samples`
-STANDINS = ("t2i", "caption", "ground", "question", "edit", "condition", "read", "passage")
+STANDINS = ("t2i", "caption", "grounding", "question", "edit", "condition", "sign", "passage")
 
 @dataclass
 class Card:

@@ -221,9 +221,9 @@ def grounded(
     return (out + caption[at:]).strip() if out else None
 
 ASK = dict(
-    control_canny="please convert the canny image to a natural image",  # A.2.4; the others are ours
-    control_inpainting="please fill the missing part of the image",
-    control_grayscale=COLORIZE,
+    control_canny=CONDITIONS["canny"],
+    control_inpainting=CONDITIONS["inpaint"],
+    control_grayscale=CONDITIONS["colorize"],
 )
 
 PICTURES = ("image", "source", "target")  # the order of a sample's pictures

@@ -15,7 +15,8 @@ from .errors import *
 from .presets import *
 
 # %% ../nbs/07_cli.ipynb #2c08af45
-EXAMPLE = "a red circle at the top left and a blue square at the bottom right on a white ground"
+EXAMPLE = ("a large red circle at the top left and a small striped blue square "
+           "at the bottom right on a white background")
 
 # Names alone, known without loading what they stand for
 STAGE_NAMES = ("encoder", "autoencoder", "decoders", "pretrain", "instruct")

@@ -119,11 +119,17 @@ class Puma:
         asked = Asked(instructions, images, what="instruction")
         return _plans(self, asked)
 
-    def condition(self, images, captions, scales=2, seeds=0, **how):
-        "Colourised images; `images` are gray."
+    def condition(
+        self, images, captions, scales=2, seeds=0,
+        kind="colorize", # What the images are: one of `CONDITIONS`
+        **how            # As for `paint`
+    ):
+        "Pictures from edges (canny), with a part missing (inpaint), or gray (colorize)."
+        if kind not in CONDITIONS:
+            raise UserError(f"unknown kind {kind!r}: choose one of {', '.join(CONDITIONS)}")
         asked = Asked(captions, images, seeds, "caption")
         self.warn(asked.texts)
-        asked.texts = [f"{COLORIZE}. {c}" for c in asked.texts]
+        asked.texts = [f"{CONDITIONS[kind]}. {c}" for c in asked.texts]
         return _repaint(self, asked, None, scales, how)
 
     def reconstruct(self, images, scales=SCALES, seeds=0, output_type="pil"):

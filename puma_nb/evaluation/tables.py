@@ -6,8 +6,7 @@
 __all__ = ['PAPER', 'DIGITS', 'TABLES', 'paper_rows', 'neighbours', 'table_1', 'cell_text', 'folded', 'show_table', 'clip_scores',
            'painted_captions', 'table_6', 'in_batches', 'written_grids', 'true_grids', 'decoded_pictures',
            'read_pictures', 't2i_ways', 't2i_pairs', 't2i_rows', 'feature_errors', 'mean_interval', 'feature_rows',
-           'answer_row', 'asked_row', 'question_rows', 'overlap', 'caption_rows', 'edit_samples', 'edited', 'edit_rows',
-           'table_world']
+           'answer_row', 'asked_row', 'question_rows', 'overlap', 'caption_rows', 'edited', 'edit_rows', 'table_world']
 
 # %% ../../nbs/06_eval.ipynb #886014af
 from pathlib import Path
@@ -189,7 +188,8 @@ def _see(clip, x): # N x 3 x H x W -> N unit vectors
 def _understand(clip, tokenizer, captions): # N unit vectors
     "Captions in CLIP's space."
     texts = ["<s>" + c.lower() + "</s>" for c in captions]
-    t = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt",
+    most = clip.config.text_config.max_position_embeddings
+    t = tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt",
                   add_special_tokens=False)
     said = clip.text_model(input_ids=t["input_ids"], attention_mask=t["attention_mask"])
     return F.normalize(clip.text_projection(said.pooler_output), dim=-1)
@@ -313,9 +313,9 @@ def t2i_ways(puma: Puma, scenes, held, grids, seed: int): # {skill: (asked, {sca
     found = read_pictures(pictures)
     found["auto"] = _found_at_chosen(puma, scenes, pictures, found)
     ways = dict(t2i=(scenes, found))
-    for name, n in (("t2i_one", 1), ("t2i_two", 2)):
+    for n, name in enumerate(("one", "two", "three", "four"), 1):
         asked, some = _only_with(n, scenes, found)
-        if asked: ways[name] = asked, some
+        if asked: ways[f"t2i_{name}"] = asked, some
     unseen = decoded_pictures(puma, written_grids(puma, held), seed=seed)
     ways["t2i_heldout"] = held, read_pictures(unseen)
     best = decoded_pictures(puma, true_grids(puma, scenes), seed=seed)
@@ -351,7 +351,8 @@ def t2i_rows(ways, seed: int): # List of rows
             if i == "auto": scale = i
             rows.append(dict(skill=skill, scale=scale, **scene_row(asked, f)))
     scenes = ways["t2i"][0]
-    chance = [random_scene(np_rng("chance", seed, k), 2) for k in range(len(scenes))]
+    most = max(len(s.things) for s in scenes)
+    chance = [random_scene(np_rng("chance", seed, k), most) for k in range(len(scenes))]
     rows.append(dict(skill="t2i_chance", **scene_row(scenes, chance)))
     rows.append(dict(skill="t2i_shuffled", **scene_row(scenes, scenes[1:] + scenes[:1])))
     return rows
@@ -408,14 +409,12 @@ def asked_row(puma: Puma, skill, samples, questions): # A row
 def question_rows(puma: Puma, split: str, n: int, seed: int): # One row a kind
     "Questions about scenes, and signs to read."
     rows = []
-    for kind in ("yesno", "what"):
+    for kind in QUESTIONS:
         samples = preset_samples(puma.preset, "question", n, split, seed, kinds=(kind,))
         questions = [s["segments"][2].text for s in samples]
         rows.append(asked_row(puma, f"vqa_{kind}", samples, questions))
-    signs = preset_samples(puma.preset, "read", 4 * n + 20, split, seed)
     for kind in ("digit", "word"):
-        digits = kind == "digit"
-        samples = [s for s in signs if s["answer"].isdigit() == digits][:n]
+        samples = sign_samples(puma.preset, kind, split, n, seed)
         questions = [f"what {kind} is written?"] * len(samples)
         rows.append(asked_row(puma, f"read_{kind}", samples, questions))
     return rows
@@ -440,39 +439,25 @@ def caption_rows(puma: Puma, scenes): # Two rows
     overlaps = list(map(overlap, said_boxes, scenes))
     iou = share_interval(overlaps, [len(s.things) for s in scenes])
     read = dict(skill="caption", **scene_row(scenes, list(map(parse_caption, said))))
-    return [read, dict(skill="ground", n=len(scenes), **entry(iou=iou))]
+    return [read, dict(skill="grounding", n=len(scenes), **entry(iou=iou))]
 
 # %% ../../nbs/06_eval.ipynb #a2790b20
-def edit_samples(puma: Puma, kind: str, split: str, n: int, seed: int): # (sources, told, asked)
-    "Pictures to edit or to colourise, what is said about them, and the scenes that are asked for."
-    if kind == "colorize":
-        samples = preset_samples(puma.preset, "condition", n, split, seed)
-    else:
-        samples = preset_samples(puma.preset, "edit", n, split, seed, kinds=(kind,))
-    asked = [scene_from_json(s["scene"]) for s in samples]
-    if kind == "colorize":
-        told = list(map(caption, asked))
-    else:
-        told = [s["answer"] for s in samples]
-    return first_images(samples), told, asked
-
-# %% ../../nbs/06_eval.ipynb #9deb105b
-def edited(puma: Puma, kind: str, i: int, sources, told): # N x 3 x H x W
-    "Edited or colourised pictures at scale i."
-    change = puma.edit
-    if kind == "colorize": change = puma.condition
+def edited(puma: Puma, kind: str, scale: int, sources, told): # N x 3 x H x W
+    "Edited pictures, or painted conditions, at a scale."
     def some(pictures, texts, seeds):
-        return change(pictures, texts, i, seeds, output_type="pt")
+        return changed(puma, kind, pictures, texts, scale, seeds)
     return torch.cat(in_batches(some, sources, told, list(range(len(told))), name=kind))
 
+# %% ../../nbs/06_eval.ipynb #9deb105b
 def edit_rows(puma: Puma, split: str, n: int, seed: int, scales=(2, 1, 0)): # A row a kind and scale
-    "Edits and colourised pictures: whole scenes right, beside the untouched source."
+    "Edits and conditions: whole scenes right, beside the untouched source."
     rows = []
-    for kind in (*EDITS, "colorize"):
-        sources, told, asked = edit_samples(puma, kind, split, n, seed)
+    for kind in (*EDITS, *CONDITIONS):
+        samples = samples_to_edit(puma.preset, kind, split, n, seed)
+        sources, told = first_images(samples), words_for(kind, samples)
+        asked = list(map(goal_of, samples))
         copy = scene_row(asked, list(map(detect_scene, sources)))["scenes"]
-        skill = f"edit_{kind}"
-        if kind == "colorize": skill = kind
+        skill = kind if kind in CONDITIONS else f"edit_{kind}"
         for i in scales:
             found = list(map(detect_scene, edited(puma, kind, i, sources, told)))
             rows.append(dict(skill=skill, scale=f"f{i}", copy=copy, **scene_row(asked, found)))

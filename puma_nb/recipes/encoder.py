@@ -69,7 +69,7 @@ def near_miss(t: str, rng): # The caption with a shape, a colour or a texture ex
     return " ".join(words).replace(" ,", ",").replace(" .", ".")
 
 # %% ../../nbs/01a_encoder.ipynb #65ef364e
-MOST_TOKENS = 128 # ours: of a caption; those of four things have up to about 75
+MOST_TOKENS = 128 # ours: of a caption; those of four things have up to about 65
 
 def _clip_config(p: EncoderPreset, tokenizer):
     "A CLIP of a preset's size, with a text model of two layers."

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from ..data.segments import *
 from ..evaluation.scores import *
 from ..models.processor import *
 from ..models.pyramid import *
@@ -26,8 +27,8 @@ from ..world.samples import *
 # %% ../../nbs/05_instruct.ipynb #71bf0e23
 # All of these are ours: one model for all families, and yes/no questions twice as often.
 INSTRUCT_SHARES = dict(
-    t2i=0.30, caption=0.04, ground=0.03, edit=0.38, condition=0.08, question=0.13, read=0.04)
-INSTRUCT_QUESTIONS = ("yesno", "yesno", "what")
+    t2i=0.30, caption=0.04, grounding=0.03, edit=0.38, condition=0.08, question=0.13, sign=0.04)
+INSTRUCT_QUESTIONS = ("yesno", *QUESTIONS)
 # Questions a conversation: an answer is one word, a caption twenty, and the loss counts words.
 INSTRUCT_TURNS = 4
 
@@ -40,8 +41,8 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Samples of the four families; captions are rehearsed."
     w = preset.world
     sizes = dict(
-        t2i=w.pairs, caption=w.pairs, ground=w.pairs, edit=w.edits, condition=w.conditions,
-        question=w.pairs, read=w.pairs)
+        t2i=w.pairs, caption=w.pairs, grounding=w.pairs, edit=w.edits, condition=w.conditions,
+        question=w.pairs, sign=w.pairs)
     extra = dict(
         question=dict(kinds=INSTRUCT_QUESTIONS, turns=INSTRUCT_TURNS),
         edit=dict(plan=preset.mllm.edit_plan))
@@ -54,16 +55,16 @@ def instruct_samples(preset: Preset, seed: int = 0): # {name: samples}
 def _answer_scores(puma, n): # {kind: score}
     "Scores of questions about pictures, and of signs."
     scores = {}
-    for kind in ("yesno", "what"):
+    for kind in QUESTIONS:
         scores[kind] = question_score(puma, kind, n=n)
     for kind in ("digit", "word"):
         scores[f"read_{kind}"] = sign_score(puma, kind, n)
     return scores
 
 def _edit_scores(puma, n): # {kind: score}
-    "Scores of all edits, and of colourisation."
+    "Scores of all edits, and of all conditions."
     scores = {}
-    for kind in (*EDITS, "colorize"):
+    for kind in (*EDITS, *CONDITIONS):
         scores[kind] = edit_score(puma, kind, n=n)
     return scores
 

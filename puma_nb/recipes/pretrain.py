@@ -18,7 +18,7 @@ from ..world.samples import *
 # %% ../../nbs/04_pretrain.ipynb #9ebc945f
 # A.2.2: pairs go both ways, half and half, and so do boxes.
 # The shares of boxes, signs and passages are ours.
-PRETRAIN_SHARES = dict(t2i=0.52, caption=0.29, ground=0.06, read=0.11, passage=0.02)
+PRETRAIN_SHARES = dict(t2i=0.52, caption=0.30, grounding=0.06, sign=0.10, passage=0.02)
 
 def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
     "Both directions of the world's image-text pairs, signs to read, and passages without pictures."
@@ -32,10 +32,12 @@ def pretrain_samples(preset: Preset, seed: int = 0): # {name: samples}
 
 # %% ../../nbs/04_pretrain.ipynb #f5e14d10
 PROMPTS = (
-    "a red circle at the top left and a blue square at the bottom right on a white ground",
-    "a yellow cross at the center on a navy ground",
-    "a green triangle at the bottom left on a pink ground",
-    "a purple circle at the top and an orange cross at the bottom right on a sky ground")
+    "a large red circle at the top left and a small blue square at the bottom right "
+    "on a white background",
+    "a large dotted yellow star at the center on a navy background",
+    "a small green triangle at the bottom left on a striped pink background",
+    "a large outlined purple circle at the top and a large orange heart at the bottom right "
+    "on a shaded sky background")
 
 def _save_samples(folder, step, pictures, captions): # one text, and one file a picture
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +378,7 @@ def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, log): # (gat
         captions=captions,
         t2i={f"f{i}": s for i, s in pictures.items()},
         reading={k: sign_score(puma, k) for k in ("digit", "word")},
-        ground=ground_score(puma, images, scenes),
+        grounding=grounding_score(puma, images, scenes),
         dashboard=board,
         normal=normal)
     return dict(caption_attributes=(captions["attributes"], 0.95)), report

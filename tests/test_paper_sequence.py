@@ -8,12 +8,12 @@ from puma_nb.models.mllm import build_mllm, loss_weights
 from puma_nb.models.pyramid import load_encoder, load_stats, pyramid
 from puma_nb.presets import PRESETS, get_preset
 from puma_nb.recipes.mllm import MLLMTask, prepare_samples
-from puma_nb.world.samples import train_tokenizer, world_samples
+from puma_nb.world.samples import BUILDERS, train_tokenizer, world_samples
 
 PICO = get_preset("pico").mllm
 OURS = dict(parent_path=False, consistency=False, at_once=0.0, text_mean="token",
             structure_weight=0.0, disturbed_words=0.0, edit_plan=False)
-FAMILIES = ("t2i", "caption", "ground", "question", "edit", "condition", "read", "passage")
+FAMILIES = tuple(BUILDERS)
 ORDER = [(i, k) for i in COARSE_TO_FINE for k in range(TOKENS[i])]  # f4, f3 x 4, ... f0 x 256
 KEYS = {"ids", "slot", "loss_mask", "mask", "words", "features"}
 
@@ -44,7 +44,7 @@ def written_out(segments, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(): return train_tokenizer(512)
+def tokenizer(): return train_tokenizer(768)
 
 
 @pytest.mark.parametrize("name", ["paper", "base", "nano-plain"])

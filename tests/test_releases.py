@@ -369,7 +369,7 @@ def test_a_thread_may_paint_while_another_loads(nano):
         painting = threads.submit(decoders.reconstruct, images[:1], (4,), steps=1)
         time.sleep(0.5)
         assert not painting.done()
-    assert painting.result()[4].shape == (1, 3, 32, 32)
+    assert painting.result()[4].shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("change", ["null", "", "[]", '{"a":'])

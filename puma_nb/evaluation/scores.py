@@ -129,20 +129,22 @@ def samples_to_edit(preset, kind: str, split: str, n: int, seed: int): # n sampl
     return preset_samples(preset, builder, n, split, seed, kinds=(kind,))
 
 def goal_of(sample): # A `Scene`
-    "What the oracle should read in a result: where a style lies over it, what it reads in the true one."
+    "What the oracle should read in a result; with a style over it: what it reads in the true one."
     scene = scene_from_json(sample["scene"])
     return detect_scene(sample["images"][-1]) if scene.style else scene
 
 def words_for(kind: str, samples): # List of texts
     "What is said about each picture: an instruction, or the caption of a condition."
-    if kind not in CONDITIONS: return [s["answer"] for s in samples]
-    return [caption(scene_from_json(s["scene"])) for s in samples]
+    if kind in CONDITIONS:
+        return [caption(scene_from_json(s["scene"])) for s in samples]
+    return [s["answer"] for s in samples]
 
 def changed(puma: Puma, kind: str, sources, told, scale: int, seeds): # N x 3 x H x W
     "Edited pictures, or pictures painted from conditions."
     how = dict(scales=scale, seeds=seeds, output_type="pt")
-    if kind in CONDITIONS: return puma.condition(sources, told, kind=kind, **how)
-    return puma.edit(sources, told, **how)
+    if kind in CONDITIONS: how["kind"] = kind
+    change = puma.condition if kind in CONDITIONS else puma.edit
+    return change(sources, told, **how)
 
 # %% ../../nbs/03h_scores.ipynb #7c8c4a36
 def edit_score(

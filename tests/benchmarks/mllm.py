@@ -110,7 +110,7 @@ def generation(rounds):
     nano, tokenizer, sets, store, build = setting()
     model, _ = load_mllm()
     torch.manual_seed(0); wide = build_mllm(get_preset("nano"), tokenizer, load_stats()).eval()
-    b = prompt_batch([[text_segment("a red circle at the top left and a blue square at the right on a white ground", False)]], tokenizer, store, 2, True)
+    b = prompt_batch([[text_segment("a red circle at the top left and a blue square at the right on a white background", False)]], tokenizer, store, 2, True)
     t = take_turns(dict(cached=lambda: generate_image(model, b, 0), static=lambda: generate_image(model, b, 0, cache="static"), compiled=lambda: generate_image(model, b, 0, cache="static", compile=True), recomputed=lambda: generate_image(model, b, 0, cache="none"),
                         f4=lambda: generate_image(model, b, 4), at_once=lambda: generate_at_once(wide, b, 0)), rounds)
     return dict(seconds=t, cached_over_recomputed=t["recomputed"] / t["cached"], compiled_over_recomputed=t["recomputed"] / t["compiled"], at_once_over_cached=t["cached"] / t["at_once"], f4_over_all=t["cached"] / t["f4"])

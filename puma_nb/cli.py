@@ -107,7 +107,7 @@ def demo(
     "One prompt at five scales, with two seeds: DIR/demo.png"
     checked_text(prompt, "prompt")
     _without_window()
-    from puma_nb.world.oracle import parse_caption
+    from puma_nb.world.language import parse_caption
     folder, puma, seeds = writable_folder(out), _system(model, dtype), (seed, seed + 1)
     how = _how(fast, plain)
     rows = [puma.generate(prompt, SCALES, s, **how) for s in seeds]

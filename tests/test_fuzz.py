@@ -31,7 +31,7 @@ from puma_nb.plan import make_plan
 from puma_nb.presets import PRESET_FILE, get_preset, read_preset, write_preset
 from puma_nb.recipes import pretrain, system
 from puma_nb.training.loop import Run
-from puma_nb.world.oracle import parse_caption
+from puma_nb.world.language import parse_caption
 from puma_nb.world.samples import train_tokenizer
 
 # Whether a broken folder of a model counts as a failure of the test, too: True as soon as the

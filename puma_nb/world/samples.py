@@ -223,7 +223,9 @@ def world_texts(): # A list of strings
     "What the world says in its samples."
     sizes = dict(t2i=800, caption=400, edit=800, condition=300, question=1200, sign=300,
                  passage=300)
-    rows = sum((world_samples(builder, n) for builder, n in sizes.items()), [])
+    rows = []
+    for builder, n in sizes.items():
+        rows += world_samples(builder, n, side=8)  # small pictures: only the words count
     segments = [g for s in rows for g in s["segments"] if g.kind == "text"]
     texts = [g.text for g in segments if g.text != SYSTEM]
     return texts + 40 * [SYSTEM] + 10 * list(WORDS)  # one sentence must not take all merges

@@ -21,6 +21,7 @@ PAPER = {
     "autoencoder.latent_channels": (4, "SDXL"),
     "autoencoder.attention": (True, "SDXL"),
     "autoencoder.image_size": (1024, "SDXL"),
+    "autoencoder.unshuffle": (1, "SDXL"),
     "autoencoder.norm_groups": (32, "SDXL"),
     "decoder.norm_groups": (32, "SDXL"),
     "decoder.channels": ((320, 640, 1280), "SDXL"),

@@ -64,6 +64,7 @@ class DecoderPreset:
     normalize: bool         # whether features are normalised with statistics kept in the decoder
     position_scales: tuple  # scales whose tokens get a position table
     coordinates: int        # extra input channels that say where a latent cell is
+    overlay: int            # extra input channels: features, laid over their latent cells
     prediction: str         # what the UNet predicts: "epsilon" or "v_prediction"
     noise_offset: float
     blank: float            # share of images replaced by a black one
@@ -264,6 +265,7 @@ _NANO["decoder"] = dict(
     normalize=(True, "ours: not in [code]"),
     position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
     coordinates=(16, "ours: none in [code]"),
+    overlay=(0, "[code] has none"),
     prediction=("v_prediction", "ours: epsilon in SDXL"),
     noise_offset=(0.1, "A.1"),
     blank=(0.1, "A.1"),
@@ -466,6 +468,7 @@ _PAPER["decoder"] = dict(
     normalize=(False, "[code]"),
     position_scales=((0,), "[code]"),
     coordinates=(0, "[code]"),
+    overlay=(0, "[code] has none"),
     prediction=("epsilon", _SDXL),
     noise_offset=(0.1, "A.1"),
     blank=(0.1, "A.1"),
@@ -684,8 +687,8 @@ def with_numbers(
 # %% ../nbs/00b_presets.ipynb #25e16a3b
 _FIVE = ("decoder.feature_noise", "mllm.feature_noise", "mllm.scale_weights",
          "mllm.depth_shares", "mllm.tune_depth_shares")
-_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "source_scale", "whole_scale",
-                "first_scale", "min_side", "position_scales", "transformers")
+_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "overlay", "source_scale",
+                "whole_scale", "first_scale", "min_side", "position_scales", "transformers")
 LARGEST = 10**9  # ours: no width, count or number of steps is larger
 
 def _least(name, value): # 0, or 1 for sizes

@@ -70,6 +70,7 @@ class DecoderPreset:
     blank: float            # share of images replaced by a black one
     min_snr: float          # 0 turns the weighting off
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
+    fade: float             # share of rows whose detail beyond f2 fades in training: f1 and f0
     min_side: int           # pixels; smaller pictures are left out of training
     resize: str             # how training pictures become square: "crop" or "squash"
     # "cached": encoded once and kept; "online": encoded anew for every batch
@@ -271,6 +272,7 @@ _NANO["decoder"] = dict(
     blank=(0.1, "A.1"),
     min_snr=(5.0, "ours"),
     feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"),
+    fade=(0.0, "the paper mentions none"),
     min_side=(32, "ours: 512 in A.1"),
     resize=("crop", "A.1"),
     features=("cached", "ours: they fit into memory"),
@@ -474,6 +476,7 @@ _PAPER["decoder"] = dict(
     blank=(0.1, "A.1"),
     min_snr=(0.0, "the paper mentions none"),
     feature_noise=((0.0,) * 5, "the paper mentions none"),
+    fade=(0.0, "the paper mentions none"),
     min_side=(512, "A.1"),
     resize=("crop", "A.1"),
     features=("online", "ours: half a megabyte an image"),

@@ -67,7 +67,7 @@ class DecoderPreset:
     overlay: int            # extra input channels: features, laid over their latent cells
     prediction: str         # what the UNet predicts: "epsilon" or "v_prediction"
     noise_offset: float
-    blank: float            # share of images replaced by a black one
+    blank: float            # share of rows that are conditioned on a black image
     min_snr: float          # 0 turns the weighting off
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
     fade: float             # share of rows whose detail beyond f2 fades in training: f1 and f0
@@ -266,7 +266,7 @@ _NANO["decoder"] = dict(
     normalize=(True, "ours: not in [code]"),
     position_scales=((0, 1, 2, 3, 4), "ours: f0 only in [code]"),
     coordinates=(16, "ours: none in [code]"),
-    overlay=(32, "ours: none in [code]; with it f0 came to 23 dB in a tenth of the steps"),
+    overlay=(32, "ours: in a try f0 came to 23 dB in 420 steps, to 18 dB in 1,300 without"),
     prediction=("v_prediction", "ours: epsilon in SDXL"),
     noise_offset=(0.1, "A.1"),
     blank=(0.1, "A.1"),

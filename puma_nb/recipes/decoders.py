@@ -48,7 +48,6 @@ class DecoderData:
     stats: FeatureStats
     images: torch.Tensor       # N x 3 x H x W, uint8, at the autoencoder's size
     black_f0: torch.Tensor     # what stands for "no condition": 1 x 256 x C
-    black_latent: torch.Tensor # 1 x c x h x w
     f0: torch.Tensor = None    # N x 256 x C, or None: online
     z: torch.Tensor = None     # N x c x h x w
 
@@ -72,8 +71,7 @@ def decoder_data(
     side = preset.autoencoder.image_size
     black = torch.zeros(1, 3, side, side)
     black_f0 = encode_images(encoder, black)
-    black_latent = latents.encode(black).cpu()
-    data = DecoderData(encoder, latents, stats, images, black_f0, black_latent)
+    data = DecoderData(encoder, latents, stats, images, black_f0)
     if preset.decoder.features == "cached":
         data.f0 = encode_images(encoder, images, dtype=torch.bfloat16,
                                 progress=progress, cache=cache)
@@ -198,7 +196,6 @@ def _decoder_batch(task, positions, step):
     x0, f0 = task.data.rows(ids)
     u = _choices(task, positions)
     blank = torch.tensor(u[:, 0] < task.preset.decoder.blank)
-    x0 = torch.where(blank.view(-1, 1, 1, 1), task.data.black_latent, x0)
     b = dict(
         x0=x0,
         noise=_offset_noise(task, positions, x0),

@@ -7,6 +7,7 @@ __all__ = ['AutoencoderNet', 'AutoencoderTask', 'own_pictures', 'train_autoencod
 
 # %% ../../nbs/01c_autoencoder_training.ipynb #35c81ee3
 import time
+from copy import deepcopy
 from pathlib import Path
 import torch
 from torch import nn
@@ -98,7 +99,8 @@ def train_autoencoder(
     begun = time.time()
     task = AutoencoderTask(preset, seed, images and own_pictures(preset, images, progress))
     def measure(log):
-        latents = standardize(task.model.vae, task.images[:2000])
+        frozen = deepcopy(task.model.vae)  # the task's own can still be measured
+        latents = standardize(frozen, task.images[:2000])
         latents.save(Path(out) / "autoencoder")
         shown, scenes = task.images[:300], None
         if images is None:

@@ -33,6 +33,7 @@ PAPER = {
     "decoder.position_scales": ((0,), "[code]"),
     "decoder.normalize": (False, "[code]"),
     "decoder.coordinates": (0, "[code]"),
+    "decoder.overlay": (0, "[code]"),
     "decoder.prediction": ("epsilon", "SDXL"),
     "decoder.noise_offset": (0.1, "A.1"),
     "decoder.blank": (0.1, "A.1"),

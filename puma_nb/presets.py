@@ -327,12 +327,12 @@ _NANO["mllm"] |= dict(
 _NANO |= {  # steps, batch, learning rate, warmup
     "stage.encoder": _stage(2000, 32, 2e-3, 50, _COSINE),
     "stage.autoencoder": _stage(4000, 16, 2e-3, 50, _COSINE, ema=_EMA),
-    "stage.base": _stage(3000, 64, 1.5e-3, 100, ema=_EMA),
-    "stage.f0": _stage(1000, 64, 1e-3, 50, ema=_EMA),
-    "stage.f1": _stage(750, 64, 1e-3, 50, ema=_EMA),
-    "stage.f2": _stage(500, 64, 1e-3, 50, ema=_EMA),
-    "stage.f3": _stage(375, 64, 1e-3, 50, ema=_EMA),
-    "stage.f4": _stage(250, 64, 1e-3, 50, ema=_EMA),
+    "stage.base": _stage(3000, 32, 1.5e-3, 100, ema=_EMA),
+    "stage.f0": _stage(1000, 32, 1e-3, 50, ema=_EMA),
+    "stage.f1": _stage(750, 32, 1e-3, 50, ema=_EMA),
+    "stage.f2": _stage(500, 32, 1e-3, 50, ema=_EMA),
+    "stage.f3": _stage(375, 32, 1e-3, 50, ema=_EMA),
+    "stage.f4": _stage(250, 32, 1e-3, 50, ema=_EMA),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
     "stage.instruct": _stage(5500, 48, 6e-4, 50, _COSINE, _CLIP5),
 }

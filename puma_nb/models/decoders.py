@@ -416,8 +416,7 @@ class DecoderPipeline(DiffusionPipeline):
 
 # %% ../../nbs/02_decoders.ipynb #21d60a92
 _SIZES = ("feature_size", "scale", "latent_channels", "latent_side", "channels", "heads",
-          "layers_per_block", "cross_size", "norm_groups", "coordinates", "overlay",
-          "normalize")
+          "layers_per_block", "cross_size", "norm_groups", "coordinates", "normalize")
 
 def _decoder_sizes(preset, scale): # As for `check_part`
     "What the configuration of a preset's decoder must say."

@@ -7,7 +7,7 @@ __all__ = ['BASE_SCALES', 'PARTS', 'snr_weight', 'DecoderData', 'decoder_data', 
            'train_decoders']
 
 # %% ../../nbs/02a_decoder_training.ipynb #7bd755f5
-import json, math, shutil, time
+import json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -24,6 +24,7 @@ from ..errors import *
 from ..evaluation.metrics import *
 from ..models.autoencoder import *
 from ..models.decoders import *
+from ..models.generation import *
 from ..models.pyramid import *
 from ..presets import *
 from .autoencoder import *
@@ -147,9 +148,9 @@ def faded(
     keep   # B x 1 x 1: 1 changes nothing, 0 leaves what f2 knows
 ): # B x N x C
     "Features whose detail within the cells of f2 is partly taken away."
-    cells = lay_over(grid, SIDES[2], SIDES[2]).flatten(2).transpose(1, 2)
-    side = math.isqrt(grid.shape[1])
-    mean = lay_over(cells, side, side).flatten(2).transpose(1, 2)
+    mean = grid
+    while mean.shape[1] > TOKENS[2]: mean = pool(mean)
+    while mean.shape[1] < grid.shape[1]: mean = spread(mean)
     return mean + keep * (grid - mean)
 
 # %% ../../nbs/02a_decoder_training.ipynb #75284616

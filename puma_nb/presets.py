@@ -123,6 +123,7 @@ class MLLMPreset:
     structure_weight: float
     # share of learnt colour words that are fed in wrongly or not at all
     disturbed_words: float
+    copy_path: bool         # what is painted from a source may keep the source's features
     edit_plan: bool         # before the image of an edit the model says what it will show
 
 # %% ../nbs/00b_presets.ipynb #3e20c9f2
@@ -314,6 +315,7 @@ _NANO["mllm"] |= dict(
     source_scale=(2, "ours: all five in 3.3"),
     attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
     parent_path=(True, "ours: f1 and f0 fail without (chapter 3f)"),
+    copy_path=(True, "ours: what an edit leaves alone is kept, not drawn anew (chapter 3c)"),
     consistency=(True, "ours: Eq. 1 says that they must agree"),
     at_once=(0.5, "ours: the same weights write whole scales, too"),
     whole_scale=(1, "ours: f4 to f2 are few tokens"),
@@ -341,6 +343,7 @@ _NANO |= {  # steps, batch, learning rate, warmup
 _OFF = "the paper has none"
 _PLAIN = {"mllm": dict(
     parent_path=(False, _OFF),
+    copy_path=(False, _OFF),
     consistency=(False, _OFF),
     at_once=(0.0, _OFF),
     text_mean=("token", "Eq. 2"),
@@ -518,6 +521,7 @@ _PAPER["mllm"] |= dict(
     source_scale=(0, "3.3"),
     attention=("fused", "ours"),
     parent_path=(False, _OFF),
+    copy_path=(False, _OFF),
     consistency=(False, _OFF),
     at_once=(0.0, _OFF),
     whole_scale=(1, _OFF),

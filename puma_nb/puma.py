@@ -58,14 +58,20 @@ class Puma:
         "Pictures of any kind, square and of the system's side."
         return load_images(images, self.side, self.resize)
 
-    def prompts(self, segments_list, images=None, image=True, source=None): # A `Batch`
-        "Prompts as a batch; `images` (N x 3 x H x W) are those that the segments refer to."
+    def store(self, images=None): # A `FeatureStore`
+        "The features of images (N x 3 x H x W) that prompts refer to; without any a placeholder."
+        f0 = torch.zeros(1, TOKENS[0], self.model.config.feature_size)
+        if images is not None: f0 = self.decoders.encode(images)
+        return FeatureStore(f0, self.model.stats)
+
+    def prompts(self, segments_list, store=None, image=True, source=None): # A `Batch`
+        "Prompts as a batch; their images' features are in `store`."
         rows = self.processor.rows(segments_list, source=source, prompt=True, paint=image)
         _check_length(rows["ids"].shape[1], self.model.config.text_config)
-        return add_features(rows, _prompt_store(self, images))
+        return add_features(rows, store or self.store())
 
     def paint(
-        self, prompts,     # A function: a slice of the prompts -> `Batch`
+        self, prompts,     # A function: a slice of the prompts -> `Batch`, their origins or None
         asked,             # An `Asked`
         scales=2,
         fast=False,        # Write whole scales at once
@@ -78,7 +84,8 @@ class Puma:
             self.decoders.pipeline(i)  # what is missing is said before the work
         parts = []
         for part in asked.parts("images"):
-            grids = how(self.model, prompts(part), min(named), consistent=consistent)
+            b, origin = prompts(part)
+            grids = how(self.model, b, min(named), consistent=consistent, origin=origin)
             parts.append(self.decode(grids, named, asked.seeds[part]))
         return asked.given_back(_joined(parts), scales, output_type)
 
@@ -99,7 +106,7 @@ class Puma:
         asked = Asked(prompts, None, seeds, "prompt")
         self.warn(asked.texts)
         def some(part):
-            return self.prompts(_caption_segments(asked.texts[part]))
+            return self.prompts(_caption_segments(asked.texts[part])), None
         return self.paint(some, asked, scales, **how)
 
     def edit(
@@ -203,12 +210,6 @@ def _check_length(tokens, text_config):
     raise UserError(f"the prompt is too long: {tokens:,} tokens with its images, "
                     f"at most {most:,} fit")
 
-def _prompt_store(puma, images): # A `FeatureStore`
-    "The features of the images that prompts refer to; without images a placeholder."
-    f0 = torch.zeros(1, TOKENS[0], puma.model.config.feature_size)
-    if images is not None: f0 = puma.decoders.encode(images)
-    return FeatureStore(f0, puma.model.stats)
-
 # %% ../nbs/03e_puma.ipynb #287f84a3
 class Asked:
     "The texts, pictures and seeds of a call, as many of each."
@@ -285,7 +286,9 @@ def _repaint(puma, asked, plans, scales, how): # Pictures of one scale, or {scal
     source = min(puma.source_scale, *_scales_of(scales))
     def some(part):
         segments = _edit_segments(asked.texts[part], plans and plans[part])
-        return puma.prompts(segments, puma.pictures(asked.images[part]), source=source)
+        store = puma.store(puma.pictures(asked.images[part]))
+        origin = store.tokens(range(len(segments)), 0) if puma.model.config.copy_path else None
+        return puma.prompts(segments, store, source=source), origin
     return puma.paint(some, asked, scales, **how)
 
 # %% ../nbs/03e_puma.ipynb #9511734d
@@ -299,8 +302,8 @@ def _plans(puma, asked): # A text, or a list
 def _written_plans(puma, asked, part): # List of texts
     "Plans of some edits: the model goes on from its instructions, until it opens an image."
     if not puma.model.config.edit_plan: return [""] * len(asked.texts[part])
-    images, said = puma.pictures(asked.images[part]), []
-    b = puma.prompts(_edit_segments(asked.texts[part]), images, image=False)
+    store, said = puma.store(puma.pictures(asked.images[part])), []
+    b = puma.prompts(_edit_segments(asked.texts[part]), store, image=False)
     for pieces in generate(puma.model, b, stop=4, go_on=False):
         words = pieces[0] if pieces and isinstance(pieces[0], list) else []
         said.append(puma.tokenizer.decode(words).strip())
@@ -323,7 +326,8 @@ def _answers(puma, asked, segments_of): # A text, or a list
     "What the model writes after its prompts."
     said = []
     for part in asked.parts("answers"):
-        b = puma.prompts(segments_of(asked.texts[part]), puma.pictures(asked.images[part]), False)
+        store = puma.store(puma.pictures(asked.images[part]))
+        b = puma.prompts(segments_of(asked.texts[part]), store, image=False)
         said += [puma.tokenizer.decode(i).strip() for i in generate_text(puma.model, b)]
     return said[0] if asked.one else said
 
@@ -334,7 +338,7 @@ def _likelihood(puma, asked): # Log-probabilities per token
     out = []
     for x, c in zip(asked.images, asked.texts):
         segments = [image_segment(0, False), text_segment(c, True)]
-        store = _prompt_store(puma, puma.pictures([x]))
+        store = puma.store(puma.pictures([x]))
         b = puma.processor.batch([segments], store).to(puma.model.device)
         words = max(1, int(targets(b)["text"].sum()))
         out.append(-float(loss_terms(puma.model, b)["text"]) / words)

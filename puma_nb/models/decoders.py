@@ -46,7 +46,7 @@ def _waves(v, frequencies): # N, K -> N x 2K
 def sincos_2d(side: int, size: int): # -> side*side x size
     "Sines and cosines of the cells' centres, x in one half of the channels and y in the other."
     n = size // 4
-    # half a wave to eight across the image
+    # half a wave to four across the image
     frequencies = torch.pi * (GRID / 2) ** (torch.arange(n) / max(1, n - 1))
     waves = _waves((torch.arange(side) + 0.5) / side, frequencies)
     y = waves[:, None].expand(side, side, -1)

@@ -25,12 +25,16 @@ def make_cache(kind: str, config, length: int): # A cache of `transformers`, or 
     return None
 
 # %% ../../nbs/03a_generation.ipynb #904a0f29
-def _with_room(b: Batch, room: int, device): # {name: B x (L + room), or B x (L + room) x C}
+def _with_room(
+    b: Batch, room: int, device,
+    origin: bool # Whether the images that are written have one
+): # {name: B x (L + room), or B x (L + room) x C}
     "What the model is told of each token, with room for more tokens."
     inputs = dict(input_ids=b.ids, slot=b.slot, features=b.features)
     inputs["position_ids"] = (b.mask.cumsum(-1) - 1).clamp_min(0)
     inputs["cell"] = b.slot  # an image that is only read carries its own cells
     inputs["parent"] = torch.zeros_like(b.features)
+    if origin: inputs["origin"] = torch.zeros_like(b.features)
     longer = {}
     for k, v in inputs.items():
         free = v.new_zeros(len(v), room, *v.shape[2:])
@@ -44,7 +48,8 @@ class Reader:
         self, model, b: Batch,
         cache: str = "dynamic", # grows; `static`: one allocation, to compile; `none`: all anew
         room: int = 0,          # Tokens that may be appended
-        compile: bool = False   # torch.compile the step
+        compile: bool = False,  # torch.compile the step
+        origin: bool = False    # Whether the images that are written have one
     ):
         if compile and cache != "static":
             raise UserError("compiling wants cache=\"static\": its shapes stay the same")
@@ -56,7 +61,7 @@ class Reader:
         self.static = cache == "static"
         self.mask = F.pad(b.mask.to(device), (0, room), value=1)
         self.padded = not bool(b.mask.all())  # without padding, causality is all there is to say
-        self.inputs = _with_room(b, room, device)
+        self.inputs = _with_room(b, room, device, origin)
         self.end, self.cached = L, 0  # tokens that are there, and those that the cache knows
 
     def read(self, block: int = 0): # -> B x max(1, block) x width
@@ -81,7 +86,7 @@ class Reader:
         allowed[-block:] = True
         return additive(allowed & (self.mask[:, None, :self.end] > 0), itself=False)
 
-    def append(self, **step): # input_ids, slot, cell: B x n; features, parent: B x n x C
+    def append(self, **step): # input_ids, slot, cell: B x n; features, parent, origin: B x n x C
         "What is read next."
         n, last = step["input_ids"].shape[1], self.inputs["position_ids"][:, self.end - 1:self.end]
         step["position_ids"] = last + 1 + torch.arange(n, device=last.device)
@@ -136,7 +141,7 @@ class Row:
 class Generation:
     "Continues the rows of a batch with words and features: each step writes one token of each row."
     def __init__(self, model, b, stop, max_images, go_on, max_words, on_scale=None, seeds=0,
-                 consistent=None, cache="dynamic", compile=False, room=0):
+                 consistent=None, cache="dynamic", compile=False, origin=None, room=0):
         config, B, L = model.config, *b.ids.shape
         self.model, self.on_scale = model, on_scale
         self.max_images, self.go_on, self.max_words = max_images, go_on, max_words
@@ -148,23 +153,26 @@ class Generation:
         self.consistent = consistent
         if consistent is None: self.consistent = config.consistency
         room += (len(self.slots) + 2) * (max_images + any(painting)) + max_words
-        self.reader = Reader(model, b, cache, room, compile)
+        self.reader = Reader(model, b, cache, room, compile, origin is not None)
         self.device = self.reader.mask.device
+        self.origin = origin if origin is None else origin.to(self.device)
         self.canvas = torch.zeros(B, len(PARENTS), config.feature_size, device=self.device)
-        self.cell, self.parent = self.next_cell()
-        self.reader.inputs["cell"][:, L - 1:L] = self.cell
+        self.place = self.next_place()
+        for k, v in self.place.items(): self.reader.inputs[k][:, L - 1:L] = v
 
     def next_slot(self, row):
         "The image token that a row writes next, or -1."
         if 0 <= row.at < len(self.slots): return self.slots[row.at]
         return -1
 
-    def next_cell(self): # (B x 1, B x 1 x C)
-        "The cell that each row writes next, or -1, and that cell's parent."
+    def next_place(self): # {"cell": B x 1, "parent": B x 1 x C, "origin": the same if there is one}
+        "The cell that each row writes next, or -1, that cell's parent, and its origin."
         cells = [self.next_slot(r) for r in self.rows]
         cell = torch.tensor(cells, device=self.device)[:, None]
         up = torch.where(cell >= 0, PARENTS.to(self.device)[cell.clamp_min(0)], -1)
-        return cell, features_at(self.canvas, up)
+        place = dict(cell=cell, parent=features_at(self.canvas, up))
+        if self.origin is not None: place["origin"] = features_at(self.origin, cell)
+        return place
 
     def paint(self, hidden, painting):
         "The next feature of the rows that paint."
@@ -172,8 +180,8 @@ class Generation:
         if c.head != "regression":
             noise = noise_for(self.seeds, 1, c.feature_size, keys=("write", self.steps))
             noise = noise.to(self.device)
-        written = self.model.predict_feature(hidden, noise, self.cell, self.parent).float()
-        self.canvas[painting, self.cell[painting, 0]] = written[painting, 0]
+        written = self.model.predict_feature(hidden, noise, **self.place).float()
+        self.canvas[painting, self.place["cell"][painting, 0]] = written[painting, 0]
 
     def words(self, hidden): # One id a row
         "The likeliest word of each row; [IMG] only where it may be, [/IMG] only after an image."
@@ -217,15 +225,14 @@ class Generation:
     def step(self):
         "Write one token of each row, and read it."
         painting = [k for k, r in enumerate(self.rows) if 0 <= r.at < len(self.slots)]
-        hidden, slot = self.reader.read(), self.cell
+        hidden, slot = self.reader.read(), self.place["cell"]
         if painting: self.paint(hidden, painting)
         ids = self.words(hidden)
         changed = self.account(ids, painting)
-        self.cell, self.parent = self.next_cell()
+        self.place = self.next_place()
         ids = torch.tensor(ids, device=self.device)[:, None]
         features = features_at(self.canvas, slot)
-        place = dict(cell=self.cell, parent=self.parent)
-        self.reader.append(input_ids=ids, slot=slot, features=features, **place)
+        self.reader.append(input_ids=ids, slot=slot, features=features, **self.place)
         for i, rows in changed:
             self.reader.correct(rows, self.canvas[rows][:, list(slots(i, i))])
         self.steps += 1
@@ -242,11 +249,12 @@ def generate(
     on_scale=None,           # Called with (scale, n x N x C features, rows) when one is complete
     seeds=0,                 # For heads that draw at random: one seed, or one a row
     compile: bool = False,   # torch.compile the step
-    consistent: bool = None  # Shift scales to the means of the coarser one; None: as configured
+    consistent: bool = None, # Shift scales to the means of the coarser one; None: as configured
+    origin=None              # B x 341 x C, normalised: what the images start from (chapter 3c)
 ): # For each row its pieces in order: lists of ids, and {scale: N x C raw features}
     "Continue prompts with words, images, or both (section 3.3)."
     run = Generation(model, b, stop, max_images, go_on, max_words, on_scale, seeds, consistent,
-                     cache, compile)
+                     cache, compile, origin)
     while not all(r.done for r in run.rows): run.step()
     return [r.pieces for r in run.rows]
 
@@ -297,23 +305,24 @@ def generate_block(run: Generation, i: int): # The scale's features on its canva
     nothing, noise = torch.zeros_like(parent), None
     if c.head != "regression":
         noise = noise_for(run.seeds, *parent.shape[1:], keys=("write", i)).to(canvas.device)
-    ids = torch.zeros_like(cell)
-    run.reader.append(input_ids=ids, slot=cell, features=nothing, cell=cell, parent=parent)
+    ids, place = torch.zeros_like(cell), dict(cell=cell, parent=parent)
+    if run.origin is not None: place["origin"] = features_at(run.origin, cell)
+    run.reader.append(input_ids=ids, slot=cell, features=nothing, **place)
     hidden = run.reader.read(block=TOKENS[i])
-    canvas[:, list(slots(i, i))] = run.model.predict_feature(hidden, noise, cell, parent)
+    canvas[:, list(slots(i, i))] = run.model.predict_feature(hidden, noise, **place)
 
 @torch.no_grad()
 def generate_at_once(
     model, b: Batch, # Padded on the left; rows end with [IMG]
     stop: int = 0,  # Last scale
-    on_scale=None, seeds=0, consistent: bool = None # As for `generate`
+    on_scale=None, seeds=0, consistent: bool = None, origin=None # As for `generate`
 ): # {scale: B x N x C}, raw features
     "Write images token by token down to `whole_scale`; this and finer ones in a pass each."
     first = model.config.whole_scale
     if model.path is None:
         raise UserError("whole scales at once need a model with the parent path: leave out --fast")
     run = Generation(model, b, max(stop, first + 1), 0, False, 0, on_scale, seeds, consistent,
-                     room=tokens_until(stop))
+                     origin=origin, room=tokens_until(stop))
     while not all(r.done for r in run.rows): run.step()
     for i in range(first, stop - 1, -1):
         generate_block(run, i)

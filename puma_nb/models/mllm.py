@@ -33,7 +33,7 @@ class PumaConfig(PreTrainedConfig):
     def __init__(
         self, text_config=None, feature_size=96, preset="nano", source_scale=2, image_ids=(2, 3),
         head="regression", first_scale=4, # for variants (chapter 3f)
-        parent_path=False, consistency=False, whole_scale=1, # ours (chapter 3c)
+        parent_path=False, copy_path=False, consistency=False, whole_scale=1, # ours (chapter 3c)
         edit_plan=False, # has it been tuned to plan its edits? (ours, chapter 5)
         loss=None, # its settings, {name of a field of `MLLMPreset`: value}; None: the preset's
         **kwargs
@@ -45,7 +45,7 @@ class PumaConfig(PreTrainedConfig):
         self.feature_size, self.preset, self.source_scale = feature_size, preset, source_scale
         self.image_ids, self.head, self.first_scale = list(image_ids), head, first_scale
         self.parent_path, self.consistency, self.whole_scale = parent_path, consistency, whole_scale
-        self.edit_plan = edit_plan
+        self.copy_path, self.edit_plan = copy_path, edit_plan
         self.loss = loss
         super().__init__(**kwargs)
 
@@ -95,30 +95,31 @@ class PumaForConditionalGeneration(PreTrainedModel):
         self.out_projector = head(width, channels)
         self.path = None
         if config.parent_path:  # ours, chapter 3c
-            self.path = ParentPath(channels, width, config.whole_scale)
+            self.path = ParentPath(channels, width, config.whole_scale, config.copy_path)
         self.register_buffer("feature_mean", torch.zeros(5, channels))
         self.register_buffer("feature_std", torch.ones(5, channels))
         self.post_init()
-        if self.path: nn.init.zeros_(self.path.inform.weight)
+        if self.path: self.path.begin()
 
     @property
     def stats(self):
         return FeatureStats(self.feature_mean.float(), self.feature_std.float())
 
-    def embed(self, ids, slot, features, cell=None, parent=None): # -> B x L x width
+    def embed(self, ids, slot, features, cell=None, parent=None, origin=None): # -> B x L x width
         "Word embeddings, and projected features where an image token stands."
         words = self.language_model.model.embed_tokens(ids)
         seen = self.in_projector(features.to(words.dtype)).to(words.dtype)
         x = torch.where((slot >= 0)[..., None], seen, words)
         if self.path is None: return x
         if cell is None: cell = slot
-        return x + self.path.enter(cell, parent).to(x.dtype)
+        return x + self.path.enter(cell, parent, origin).to(x.dtype)
 
     @can_return_tuple
     def forward(
         self, input_ids, slot=None, features=None, # B x L, B x L, B x L x C, normalised
         attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, # LLaMA's own
         cell=None, parent=None,   # The parent path's; without them images are only read
+        origin=None,              # The copy path's, at the writers; with `labels`, as in `Batch`
         labels=None,              # B x L: words to learn, any number at features to learn, or -100
         weight=None, counts=None, # Of words (B x L); what to divide by, if not by this batch's own
         logits_to_keep=None       # Of the last n positions, 0 for all; None computes no logits
@@ -126,9 +127,9 @@ class PumaForConditionalGeneration(PreTrainedModel):
         "Hidden states of a sequence of words and features; with `labels`, their loss."
         slot, features = with_images(self.config, input_ids, slot, features)
         place, batch = {}, None
-        if cell is not None: place = dict(cell=cell, parent=parent)
+        if cell is not None: place = dict(cell=cell, parent=parent, origin=origin)
         if labels is not None:
-            batch = labelled(input_ids, slot, features, labels, weight)
+            batch = labelled(input_ids, slot, features, labels, weight, origin)
             if self.path: place = add_cells(batch, features)
         out = self.language_model.model(
             inputs_embeds=self.embed(input_ids, slot, features, **place),
@@ -141,14 +142,14 @@ class PumaForConditionalGeneration(PreTrainedModel):
             loss=loss, terms=terms, logits=self.last_logits(hidden, logits_to_keep),
             last_hidden_state=hidden, **{CACHE_NAME: out.get(CACHE_NAME)})
 
-    def baseline(self, cell=None, parent=None): # -> ... x C, normalised; 0 without the parent path
+    def baseline(self, hidden, cell=None, parent=None, origin=None): # -> ... x C, normalised, or 0
         "What a feature is before the out-projector adds to it."
         if self.path is None: return 0.0
-        return self.path.baseline(cell, parent, self.stats)
+        return self.path.baseline(hidden, cell, parent, origin, self.stats)
 
-    def predict_feature(self, hidden, noise=None, cell=None, parent=None): # -> ... x C, normalised
-        "The feature that a position writes."
-        return self.out_projector.predict(hidden, noise).float() + self.baseline(cell, parent)
+    def predict_feature(self, hidden, noise=None, **place): # -> ... x C, normalised
+        "The feature that a position writes; place: its cell, parent and origin."
+        return self.out_projector.predict(hidden, noise).float() + self.baseline(hidden, **place)
 
     def word_logits(self, hidden): # -> ... x vocabulary
         "Logits of the word that a position writes."
@@ -233,7 +234,7 @@ def puma_config(
         raise UserError("the parent path wants whole pyramids: parent_path=False, or first_scale=4")
     return PumaConfig(
         text, preset.encoder.hidden_size, preset.name, m.source_scale, ids, m.head, m.first_scale,
-        m.parent_path, m.consistency, m.whole_scale, loss={k: getattr(m, k) for k in LOSS_SETTINGS},
+        m.parent_path, m.copy_path, m.consistency, m.whole_scale, loss={k: getattr(m, k) for k in LOSS_SETTINGS},
         tie_word_embeddings=text.tie_word_embeddings)
 
 def build_mllm(
@@ -304,10 +305,11 @@ def image_terms(model, b, hidden, where, place): # {"f0", ..., "f4"}
     "Squared error, averaged over channels, over learnt features of each scale."
     image = torch.stack([where[f"f{i}"] for i in SCALES]).any(0)
     cells = {k: _at_writers(b, image, v) for k, v in place.items()}
-    goal = b.features[:, 1:][image].float() - model.baseline(**cells)
+    writers = _at_writers(b, image, hidden)
+    goal = b.features[:, 1:][image].float() - model.baseline(writers, **cells)
     noise = None
     if b.noise is not None: noise = b.noise[:, 1:][image]
-    error = model.out_projector.error(_at_writers(b, image, hidden), goal, noise)
+    error = model.out_projector.error(writers, goal, noise)
     terms = {}
     for i in SCALES:
         of_scale = where[f"f{i}"][image]
@@ -374,11 +376,11 @@ def puma_loss(model, b, hidden, place, counts=None): # (loss, {term: mean})
     return sum(weights[k] * v for k, v in means.items()), means
 
 # %% ../../nbs/03_mllm.ipynb #cbcbf819
-def labelled(input_ids, slot, features, labels, weight=None): # A `Batch`
+def labelled(input_ids, slot, features, labels, weight=None, origin=None): # A `Batch`
     "The arguments of `forward` as the batch that the loss knows."
     learn, nothing = labels != -100, torch.zeros_like(input_ids)
     ids = torch.where(learn & (slot < 0), labels, input_ids)
-    return Batch(ids, nothing + 1, slot, learn, nothing, features, weight=weight)
+    return Batch(ids, nothing + 1, slot, learn, nothing, features, origin, weight=weight)
 
 def model_inputs(b: Batch): # {name: tensor}
     "A batch as the arguments of `forward`, labels included."
@@ -389,7 +391,8 @@ def model_inputs(b: Batch): # {name: tensor}
     inputs = dict(input_ids=ids, attention_mask=mask, slot=b.slot, features=seen,
                   labels=torch.where(learn, b.ids, -100))
     if b.positions is not None: inputs["position_ids"] = b.positions
-    if b.weight is not None: inputs["weight"] = b.weight
+    for k in ("weight", "origin"):
+        if getattr(b, k) is not None: inputs[k] = getattr(b, k)
     return inputs
 
 # %% ../../nbs/03_mllm.ipynb #f466b844
@@ -415,27 +418,47 @@ class ParentPath(nn.Module):
     "Tells a position its cell and, at fine scales, what the coarser grid has there (ours)."
     def __init__(
         self, channels: int, width: int,
-        fine: int = 1   # this scale and all finer ones are written from their parent
+        fine: int = 1,      # this scale and all finer ones are written from their parent
+        copy: bool = False  # what is written may keep its origin: the copy path
     ):
         super().__init__()
         self.fine = fine
         self.cells = nn.Embedding(len(PARENTS), width)
         self.inform = nn.Linear(channels, width, bias=False)  # starts at zero
+        self.remind = self.gate = None
+        if copy:
+            self.remind = nn.Linear(channels, width, bias=False)  # starts at zero
+            self.gate = nn.Linear(width, channels)
+
+    def begin(self):
+        "What is told of parents and origins begins with nothing."
+        for told in (self.inform, self.remind):
+            if told is not None: nn.init.zeros_(told.weight)
 
     def is_fine(self, cell): # ... -> ... x 1
         "Whether this cell is written from its parent."
         scale = SCALE_OF_SLOT.to(cell.device)[cell.clamp_min(0)]
         return ((cell >= 0) & (scale <= self.fine))[..., None]
 
-    def enter(self, cell, parent=None): # B x L, B x L x C -> B x L x width
+    def enter(self, cell, parent=None, origin=None): # B x L, B x L x C twice -> B x L x width
         "What is added to the embeddings; nothing where a position has no cell."
         known = self.cells(cell.clamp_min(0))
         if parent is not None:
             told = self.inform(parent.to(self.inform.weight.dtype))
             known = known + told * self.is_fine(cell)
+        if self.remind is not None and origin is not None:
+            known = known + self.remind(origin.to(self.remind.weight.dtype))
         return known * (cell >= 0)[..., None]
 
-    def baseline(self, cell, parent, stats: FeatureStats): # ..., ... x C -> ... x C
+    def baseline(self, hidden, cell, parent, origin, stats: FeatureStats): # -> ... x C
+        "The parent in the units of the finer scale, zero for coarse scales; or the origin."
+        known = self.of_parent(cell, parent, stats)
+        if self.gate is None or origin is None: return known
+        keep = torch.sigmoid(self.gate(hidden).float())
+        keep = keep * (origin != 0).any(-1, keepdim=True)  # where there is one
+        return known + keep * (origin.float() - known)
+
+    def of_parent(self, cell, parent, stats: FeatureStats): # ..., ... x C -> ... x C
         "The parent in the units of the finer scale; zero for coarse scales."
         scale = SCALE_OF_SLOT.to(cell.device)[cell.clamp_min(0)]
         coarser = (scale + 1).clamp_max(4)

@@ -22,11 +22,11 @@ def variant(preset: Preset, **settings): # say variant(nano, head="flow")
 # %% ../../nbs/03f_mllm_variants.ipynb #87d614cc
 class FedIn(ParentPath):
     "The cell and its parent are fed in; what is written stands alone."
-    def baseline(self, cell, parent, stats): return torch.zeros_like(parent)
+    def of_parent(self, cell, parent, stats): return torch.zeros_like(parent)
 
 class Baseline(ParentPath):
     "What is written is added to the parent; nothing is fed in."
-    def enter(self, cell, parent=None):
+    def enter(self, cell, parent=None, origin=None):
         return self.cells.weight.new_zeros(*cell.shape, self.cells.embedding_dim)
 
 # %% ../../nbs/03f_mllm_variants.ipynb #c7d3e035

@@ -156,7 +156,8 @@ def _mllm_sizes(preset): # As for `check_part`
     "What the configuration of a preset's language model must say."
     if preset is None: return {}
     text, m = text_config(preset.mllm).to_dict(), preset.mllm
-    own = dict(head=m.head, first_scale=m.first_scale, parent_path=m.parent_path)
+    own = dict(head=m.head, first_scale=m.first_scale, parent_path=m.parent_path,
+               copy_path=m.copy_path)
     return dict(own, feature_size=preset.encoder.hidden_size,
                 text_config=wanted_of(text, _SIZES))
 

@@ -131,6 +131,7 @@ def training_batch(task: MLLMTask, positions, step):
     stop, m = task.stop(step), task.preset.mllm
     segments, store = task.gather(positions)
     b = task.processor.batch(segments, store, stop=stop, source=min(stop, m.source_scale))
+    if not m.copy_path: b.origin = None
     if any(m.feature_noise): b.fed_features = noisy_inputs(task, b, positions)
     if m.head != "regression": # a head that draws wants noise, and one number more for the time
         length, channels = b.features.shape[1:]

@@ -12,7 +12,7 @@ from puma_nb.world.samples import BUILDERS, train_tokenizer, world_samples
 
 PICO = get_preset("pico").mllm
 OURS = dict(parent_path=False, consistency=False, at_once=0.0, text_mean="token",
-            structure_weight=0.0, disturbed_words=0.0, edit_plan=False)
+            structure_weight=0.0, disturbed_words=0.0, copy_path=False, edit_plan=False)
 FAMILIES = tuple(BUILDERS)
 ORDER = [(i, k) for i in COARSE_TO_FINE for k in range(TOKENS[i])]  # f4, f3 x 4, ... f0 x 256
 KEYS = {"ids", "slot", "loss_mask", "mask", "words", "features"}

@@ -171,7 +171,8 @@ class Generation:
         cell = torch.tensor(cells, device=self.device)[:, None]
         up = torch.where(cell >= 0, PARENTS.to(self.device)[cell.clamp_min(0)], -1)
         place = dict(cell=cell, parent=features_at(self.canvas, up))
-        if self.origin is not None: place["origin"] = features_at(self.origin, cell)
+        if self.origin is not None:
+            place["origin"] = features_at(self.origin, cell)
         return place
 
     def paint(self, hidden, painting):

@@ -127,7 +127,8 @@ class PumaForConditionalGeneration(PreTrainedModel):
         "Hidden states of a sequence of words and features; with `labels`, their loss."
         slot, features = with_images(self.config, input_ids, slot, features)
         place, batch = {}, None
-        if cell is not None: place = dict(cell=cell, parent=parent, origin=origin)
+        if cell is not None:
+            place = dict(cell=cell, parent=parent, origin=origin)
         if labels is not None:
             batch = labelled(input_ids, slot, features, labels, weight, origin)
             if self.path: place = add_cells(batch, features)
@@ -234,7 +235,8 @@ def puma_config(
         raise UserError("the parent path wants whole pyramids: parent_path=False, or first_scale=4")
     return PumaConfig(
         text, preset.encoder.hidden_size, preset.name, m.source_scale, ids, m.head, m.first_scale,
-        m.parent_path, m.copy_path, m.consistency, m.whole_scale, loss={k: getattr(m, k) for k in LOSS_SETTINGS},
+        m.parent_path, m.copy_path, m.consistency, m.whole_scale,
+        loss={k: getattr(m, k) for k in LOSS_SETTINGS},
         tie_word_embeddings=text.tie_word_embeddings)
 
 def build_mllm(

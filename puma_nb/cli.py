@@ -487,10 +487,13 @@ def plan(
 # %% ../nbs/07_cli.ipynb #e0e79ac1
 def _stage_seconds(name, stages, report, gflops):
     "How long a stage takes at a matrix speed, from the report of a run that was timed."
-    speed = report.get("speed") or report["parts"]["base"]
-    parts = ("base", *(f"f{i}" for i in SCALES)) if name == "decoders" else (name,)
-    samples = sum(stages[k].steps * stages[k].batch for k in parts)
-    return samples / speed["samples_per_second"] * speed["ceiling_gflops"] / gflops
+    parts = report.get("parts") or {name: report["speed"]}
+    seconds = 0.0
+    for part, speed in parts.items():
+        stage = stages[part.split("_")[0]]  # guess_f0: the stage of all guesses
+        samples = stage.steps * stage.batch
+        seconds += samples / speed["samples_per_second"] * speed["ceiling_gflops"] / gflops
+    return seconds
 
 def nano_minutes(gflops: float): # Speed of this machine's matrix product
     "Minutes that training nano takes here; reading and evaluation come on top."

@@ -373,7 +373,8 @@ _PICO["mllm"] = dict(
 # %% ../nbs/00b_presets.ipynb #e1cfe998
 _SHORT = dict(steps=(4, _FEW), batch=(8, _FEW), warmup=(1, _FEW))
 _PICO |= {f"stage.{name}": _SHORT for name in (
-    "encoder", "autoencoder", "guess", "base", "f0", "f1", "f2", "f3", "f4", "pretrain", "instruct")}
+    "encoder", "autoencoder", "guess", "base", "f0", "f1", "f2", "f3", "f4",
+    "pretrain", "instruct")}
 
 # %% ../nbs/00b_presets.ipynb #87eb4faa
 _GPU = "ours: meant for half an hour on one GPU; not yet run"
@@ -701,7 +702,8 @@ def with_numbers(
 # %% ../nbs/00b_presets.ipynb #25e16a3b
 _FIVE = ("decoder.feature_noise", "mllm.feature_noise", "mllm.scale_weights",
          "mllm.depth_shares", "mllm.tune_depth_shares")
-_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "overlay", "guess", "source_scale",
+_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "overlay", "guess",
+                "source_scale",
                 "whole_scale", "first_scale", "min_side", "position_scales", "transformers")
 LARGEST = 10**9  # ours: no width, count or number of steps is larger
 
@@ -735,9 +737,13 @@ def _wrong_together(p: Preset): # {sentence: whether it holds}
             a.image_size % (a.unshuffle * 2 ** (len(a.channels) - 1)),
         "decoder.channels must be multiples of norm_groups":
             any(c % d.norm_groups for c in d.channels),
+        "decoder.guess must be a multiple of norm_groups": d.guess % d.norm_groups,
+        "decoder.guess wants decoder.prediction = v_prediction":
+            d.guess and d.prediction != "v_prediction",
         "decoder.channels and decoder.transformers must have as many levels":
             len(d.channels) != len(d.transformers),
         "decoder.resize must be crop or squash": d.resize not in ("crop", "squash"),
+        "mllm.copy_path wants mllm.parent_path": m.copy_path and not m.parent_path,
         f"mllm.reduction must be one of {', '.join(REDUCTIONS)}": m.reduction not in REDUCTIONS,
         "mllm.depth_shares and tune_depth_shares must sum to one":
             abs(sum(m.depth_shares) - 1) + abs(sum(m.tune_depth_shares) - 1) > 1e-6,

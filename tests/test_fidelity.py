@@ -34,6 +34,7 @@ PAPER = {
     "decoder.normalize": (False, "[code]"),
     "decoder.coordinates": (0, "[code]"),
     "decoder.overlay": (0, "[code]"),
+    "decoder.guess": (0, "[code]"),
     "decoder.prediction": ("epsilon", "SDXL"),
     "decoder.noise_offset": (0.1, "A.1"),
     "decoder.blank": (0.1, "A.1"),

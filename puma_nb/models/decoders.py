@@ -118,7 +118,8 @@ class Guess(nn.Module):
         side = math.isqrt(tokens.shape[1])
         grid = self.tell(tokens).transpose(1, 2).unflatten(2, (side, side))
         x = lay_over(self.among_tokens(grid).flatten(2).transpose(1, 2), height, width)
-        if where is not None: x = torch.cat([x, where.expand(len(x), -1, -1, -1).to(x)], 1)
+        if where is not None:
+            x = torch.cat([x, where.expand(len(x), -1, -1, -1).to(x)], 1)
         return self.leave(self.among_cells(self.enter(x)))
 
 # %% ../../nbs/02_decoders.ipynb #abbb565e
@@ -195,7 +196,8 @@ class Decoder(ModelMixin, ConfigMixin):
         "What the features alone say of the latents."
         if not self.config.guess: return None
         where = self.where if self.config.coordinates else None
-        with torch.no_grad(): return self.guesser(self.normalize(features), height, width, where)
+        with torch.no_grad():
+            return self.guesser(self.normalize(features), height, width, where)
 
     def with_extras(
         self, latents,      # B x c x h x w
@@ -236,8 +238,6 @@ class Decoder(ModelMixin, ConfigMixin):
 def build_decoder(preset: Preset, scale: int, normalize: bool = None):
     "A decoder for one scale, random weights."
     d, a = preset.decoder, preset.autoencoder
-    if d.guess and d.prediction != "v_prediction":
-        raise UserError("a guess speaks of v: prediction=\"v_prediction\", or guess=0")
     return Decoder(
         feature_size=preset.encoder.hidden_size,
         scale=scale,
@@ -623,7 +623,8 @@ class BaseDecoder(nn.Module):
         if self.guessers is None: return None, None
         i = TOKENS.index(features.shape[1])
         where = self.net.where if self.config.coordinates else None
-        with torch.no_grad(): guess = self.guessers[i](features, height, width, where)
+        with torch.no_grad():
+            guess = self.guessers[i](features, height, width, where)
         return guess, self.guess_errors[i]
 
     def forward(self, latents, timestep, features, position_weight=1.0):

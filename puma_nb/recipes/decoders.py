@@ -346,7 +346,8 @@ def _finish_decoders(preset, out, home, device, shown, measured_on):
     gates = dict(psnr_f0=(table["f0"]["psnr_r"], 23))
     finish_stage(out, "decoders", preset.stages["base"], gates, seconds=seconds, parts=took,
                  table=table, measured_on=measured_on)
-    for folder in home.rglob("checkpoints"): shutil.rmtree(folder, ignore_errors=True)
+    for folder in home.rglob("checkpoints"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/02a_decoder_training.ipynb #53ab42fe
 def _training_pictures(preset, images, seed, progress): # N x 3 x H x W uint8

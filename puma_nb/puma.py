@@ -132,8 +132,7 @@ class Puma:
         **how            # As for `paint`
     ):
         "Pictures from edges (canny), with a part missing (inpaint), or gray (colorize)."
-        if kind not in CONDITIONS:
-            raise UserError(f"unknown kind {kind!r}: choose one of {', '.join(CONDITIONS)}")
+        check_condition(kind)
         asked = Asked(captions, images, seeds, "caption")
         self.warn(asked.texts)
         asked.texts = [f"{CONDITIONS[kind]}. {c}" for c in asked.texts]

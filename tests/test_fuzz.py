@@ -228,7 +228,7 @@ class Home:
         def measured(*args, **kwargs): raise Enough
         for table in tables.TABLES:
             monkeypatch.setitem(tables.TABLES, table, measured)
-        for name in ("generate", "generate_auto", "edit", "reconstruct"):
+        for name in ("generate", "generate_auto", "edit", "condition", "reconstruct"):
             self._once(monkeypatch, real, name, rng.random() < .1)
         yield
 
@@ -266,6 +266,7 @@ OPTIONS = {
     "demo": ("--prompt", "--out", "--seed", "--dtype", "--model", "--json", "--fast"),
     "generate": ("--scale", "--n", "--model", "--out", "--seed", "--dtype", "--json", "--plain"),
     "edit": ("--scale", "--n", "--model", "--out", "--seed", "--dtype", "--json", "--fast"),
+    "condition": ("--kind", "--ready", "--scale", "--n", "--out", "--seed", "--dtype", "--json", "--fast"),
     "ask": ("--model", "--dtype", "--json"),
     "reconstruct": ("--scale", "--model", "--out", "--seed", "--resize", "--dtype", "--json"),
     "train": (
@@ -280,10 +281,10 @@ OPTIONS = {
 LEGAL = {
     "--scale": "3", "--n": "2", "--out": "new", "--seed": "5", "--dtype": "float32", "--gpus": "2",
     "--json": "new.json", "--resize": "squash", "--table": "1", "--stage": "pretrain",
-    "--mfu": "0.5", "--per-gpu": "1", "--side": "32", "--device": "cpu", "--accumulate": "2",
+    "--kind": "canny", "--mfu": "0.5", "--per-gpu": "1", "--side": "32", "--device": "cpu", "--accumulate": "2",
 }
-FLAGS = ("--fast", "--plain", "--resume", "--shard")
-WORDS = {"generate": 1, "edit": 2, "ask": 2, "reconstruct": 1}
+FLAGS = ("--fast", "--plain", "--ready", "--resume", "--shard")
+WORDS = {"generate": 1, "edit": 2, "condition": 2, "ask": 2, "reconstruct": 1}
 
 
 def words_for(home, rng, box, name):

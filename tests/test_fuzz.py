@@ -266,7 +266,8 @@ OPTIONS = {
     "demo": ("--prompt", "--out", "--seed", "--dtype", "--model", "--json", "--fast"),
     "generate": ("--scale", "--n", "--model", "--out", "--seed", "--dtype", "--json", "--plain"),
     "edit": ("--scale", "--n", "--model", "--out", "--seed", "--dtype", "--json", "--fast"),
-    "condition": ("--kind", "--ready", "--scale", "--n", "--out", "--seed", "--dtype", "--json", "--fast"),
+    "condition": (
+        "--kind", "--ready", "--scale", "--n", "--out", "--seed", "--dtype", "--json", "--fast"),
     "ask": ("--model", "--dtype", "--json"),
     "reconstruct": ("--scale", "--model", "--out", "--seed", "--resize", "--dtype", "--json"),
     "train": (
@@ -281,7 +282,8 @@ OPTIONS = {
 LEGAL = {
     "--scale": "3", "--n": "2", "--out": "new", "--seed": "5", "--dtype": "float32", "--gpus": "2",
     "--json": "new.json", "--resize": "squash", "--table": "1", "--stage": "pretrain",
-    "--kind": "canny", "--mfu": "0.5", "--per-gpu": "1", "--side": "32", "--device": "cpu", "--accumulate": "2",
+    "--mfu": "0.5", "--per-gpu": "1", "--side": "32", "--device": "cpu", "--accumulate": "2",
+    "--kind": "canny",
 }
 FLAGS = ("--fast", "--plain", "--ready", "--resume", "--shard")
 WORDS = {"generate": 1, "edit": 2, "condition": 2, "ask": 2, "reconstruct": 1}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from ..data.segments import *
+from ..errors import *
 from ..evaluation.scores import *
 from ..models.processor import *
 from ..models.pyramid import *
@@ -110,6 +111,9 @@ def train_instruct(
     "Stage `instruct`: one model for the four families; gate: yes/no questions."
     begun = time.time()
     out = Path(out)
+    if not data and not read_stage(out, "decoders"):
+        raise UserError(f"{out}: edits are scored as pictures; train the decoders first: "
+                        f"puma-nb train --stage decoders --out {out}")
     task = _instruct_task(preset, out, seed, device, progress, data)
     def measure(log):
         save_mllm(task.model, task.processor, out / "instruct")

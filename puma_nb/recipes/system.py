@@ -109,7 +109,8 @@ def _pack_file(source, target):
         return
     tensors = load_file(source)
     for name, v in tensors.items():
-        if v.is_floating_point() and name not in PRECISE: tensors[name] = v.to(torch.bfloat16)
+        if v.is_floating_point() and name not in PRECISE:
+            tensors[name] = v.to(torch.bfloat16)
     save_tensors(tensors, target)
 
 # %% ../../nbs/05a_system.ipynb #1d62b906

@@ -371,7 +371,8 @@ def _pretrain_scores(preset, out, encoder, tokenizer, seed, device, log): # (gat
     images, scenes = world_images(preset, "val", min(200, preset.world.val), seed)
     captions = caption_score(puma, images, scenes)
     pictures = t2i_score(puma, scenes) if read_stage(out, "decoders") else {}
-    if not pictures: print("pretrain: its pictures are not scored, for want of decoders")
+    if not pictures:
+        print("pretrain: its pictures are not scored, for want of decoders")
     first = [caption(s) for s in scenes[:64]]
     board = dashboard(puma.model, tokenizer, first, encode_images(encoder, images[:64]))
     normal = compare_with_shipped(preset, log)

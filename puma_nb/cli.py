@@ -341,6 +341,14 @@ def _train_rules(
             data and stage not in ("pretrain", "instruct"),
     }
 
+# %% ../nbs/07_cli.ipynb #7e673302
+def _check_family(family, stage):
+    "Refuse a family that nobody knows, or that the stage does not have."
+    if family == "all": return
+    if family not in FAMILIES:
+        raise UserError(f"unknown family {family!r}: choose all, {', '.join(FAMILIES)}")
+    if stage != "instruct": raise UserError("--family is for --stage instruct")
+
 # %% ../nbs/07_cli.ipynb #b7fa6265
 def train(
     # Size of the system: a name, or a file such as my.toml; by default what the folder was begun
@@ -352,6 +360,8 @@ def train(
     out: str = "runs/nano", # Folder of the system
     resume: store_true = False, # Go on where an earlier run stopped
     scale_steps: float = 1.0, # Multiplies the steps of every stage
+    # Of instruct: t2i, edit, condition or understand alone, as the paper's four models; or all
+    family: str = "all",
     # Of the decoders: base, or scales such as 0 or 4,3; five jobs may run side by side
     parts: str = "all",
     # Folder, saved dataset or hf:NAME:SPLIT: trains autoencoder and decoders on these pictures
@@ -383,9 +393,11 @@ def train(
     checked_number(scale_steps, "--scale-steps", 1e-9, 1e6)
     p = get_preset(preset) if preset else system_preset(out)
     p = with_numbers(p, parse_settings((set or "").splitlines()), "--set")
+    _check_family(family, stage)
     begun = _is_finished(out, stage)
     _refuse(_train_rules(p, stage, parts, images, encoder, llama, data, begun))
     names = STAGE_NAMES if stage == "all" else (stage,)
+    if family != "all": names = (f"instruct-{family}",)
     _check_accumulate(p, accumulate)
     folder = writable_folder(out)
     if not resume: _refuse_finished(folder, names)
@@ -427,9 +439,11 @@ def _how_to_run(device, data, quiet, accumulate, ahead, *others): # A `Run`
 
 def _stage_options(images, encoder, llama, parts, cache, data): # stage -> its options
     own = dict(encoder=encoder, llama=llama, images=images) if encoder else {}
+    tuned = dict(data=_sets(data))
     return dict(autoencoder=dict(images=images), encoder=own,
                 decoders=dict(parts=_parts(parts), images=images, cache=cache),
-                pretrain=dict(data=_sets(data), llama=llama), instruct=dict(data=_sets(data)))
+                pretrain=dict(data=_sets(data), llama=llama), instruct=tuned,
+                **{f"instruct-{f}": tuned for f in FAMILIES})
 
 # %% ../nbs/07_cli.ipynb #1fde6616
 def _show_gate(name, g):

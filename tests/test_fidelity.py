@@ -80,8 +80,14 @@ PAPER = {
         ).items()
     },
     **{
-        f"stage.instruct.{k}": (v, "A.2.4")
-        for k, v in dict(steps=20000, batch=2048, lr=1e-5, warmup=1000, schedule="cosine").items()
+        f"stage.instruct-{family}.{k}": (v, "A.2.4")
+        for family, numbers in dict(
+            t2i=dict(steps=20000, batch=2048, warmup=1000),
+            edit=dict(steps=10000, batch=1024, warmup=500),
+            condition=dict(steps=20000, batch=1024, warmup=500),
+            understand=dict(batch=512, warmup=500),
+        ).items()
+        for k, v in dict(numbers, lr=1e-5, schedule="cosine").items()
     },
 }
 

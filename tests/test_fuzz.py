@@ -273,7 +273,7 @@ OPTIONS = {
     "train": (
         "--preset", "--stage", "--out", "--scale-steps", "--parts", "--images", "--encoder",
         "--llama", "--data", "--cache", "--accumulate", "--ahead", "--bad-step", "--spike",
-        "--save-every", "--norms", "--seed", "--device", "--resume", "--shard"),
+        "--save-every", "--norms", "--seed", "--device", "--resume", "--shard", "--family"),
     "eval": (
         "--table", "--n", "--model", "--images", "--prompts", "--lpips", "--resize", "--split",
         "--stage", "--seed", "--dtype", "--json"),

@@ -466,6 +466,7 @@ def _say_done(folder): # the gates of each stage, and what to do next
 def _eval_rules(table, asked, images, prompts, lpips, resize, split, stage):
     "What `evaluate` refuses, as for `_refuse`."
     known = f"{', '.join(TABLE_NAMES)}, all"
+    tuned = ["pretrain", "instruct", *(f"instruct-{f}" for f in FAMILIES)]
     return {
         "--prompts needs --images: the pictures that were made from them":
             prompts and not images,
@@ -482,8 +483,7 @@ def _eval_rules(table, asked, images, prompts, lpips, resize, split, stage):
             images and not prompts and table != "1",
         "--split is for --table world":
             split is not None and "world" not in asked,
-        f"unknown stage {stage!r}: choose pretrain or instruct":
-            stage not in (None, "pretrain", "instruct"),
+        f"unknown stage {stage!r}: choose {', '.join(tuned)}": stage not in (None, *tuned),
     }
 
 # %% ../nbs/07_cli.ipynb #a4605109
@@ -499,7 +499,8 @@ def evaluate(
     # How table 1 makes pictures square: squash (as the released code) or crop
     resize: str = "squash",
     split: str = None,     # Of table world: test (the default), or val for choosing settings
-    stage: str = None,     # pretrain: the language model before tuning; by default the tuned one
+    # pretrain: the language model before tuning; instruct-edit, ...: a dedicated one
+    stage: str = None,
     seed: int = 0,         # Which samples
     dtype: str = "auto",   # bfloat16 where that is faster, or float32
     json: str = None       # File for the numbers

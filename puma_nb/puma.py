@@ -162,6 +162,18 @@ class Puma:
         "Captions with boxes."
         return _answers(self, Asked(GROUND, images), _image_segments)
 
+    # One after the other
+
+    def chat(
+        self,
+        turns,    # Texts, and pictures to go on from
+        scale=2,  # At which to paint
+        seed=0,   # Of the first turn; the next has the next
+        **how     # As for `paint`
+    ): # A reply to each text: a picture, or an answer where the text ends with "?"
+        "Paint, ask about it, edit it, edit it again."
+        return _conversation(self, turns, scale, seed, how)
+
     # Choosing a scale
 
     def likelihood(self, images, captions): # Log-probabilities per token
@@ -329,6 +341,27 @@ def _answers(puma, asked, segments_of): # A text, or a list
         b = puma.prompts(segments_of(asked.texts[part]), store, image=False)
         said += [puma.tokenizer.decode(i).strip() for i in generate_text(puma.model, b)]
     return said[0] if asked.one else said
+
+# %% ../nbs/03e_puma.ipynb #4e718c89
+def _reply(puma, picture, text, scale, seed, how): # A picture, or an answer
+    "What one turn of a conversation gives."
+    if text.strip().endswith("?"):
+        if picture is None:
+            raise UserError(f"{text[:60]!r}: there is no picture yet; begin with one, or a caption")
+        return puma.ask(picture, text)
+    if picture is None: return puma.generate(text, scale, seed, **how)
+    return puma.edit(picture, text, scale, seed, **how)
+
+def _conversation(puma, turns, scale, seed, how): # A list
+    "Replies to the texts among the turns."
+    picture, replies = None, []
+    for k, turn in enumerate(turns):
+        if not isinstance(turn, str):
+            picture = turn
+            continue
+        replies.append(_reply(puma, picture, turn, scale, seed + k, how))
+        if not isinstance(replies[-1], str): picture = replies[-1]
+    return replies
 
 # %% ../nbs/03e_puma.ipynb #c85a6210
 @torch.no_grad()

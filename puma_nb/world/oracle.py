@@ -7,6 +7,7 @@ __all__ = ['THING_LINES', 'BACKGROUND_LINES', 'DOTS_BELOW', 'CELL', 'LEAST_DISTA
            'texture_of', 'centered', 'shape_of', 'detect_scene', 'score_scene', 'score_scenes', 'baselines']
 
 # %% ../../nbs/00k_oracle.ipynb #f012ddb3
+from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -46,18 +47,24 @@ def _coherence(q, mask): # 0: slopes of all directions, 1: of one
     xx, yy, xy = (gx * gx).sum(), (gy * gy).sum(), (gx * gy).sum()
     return np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-9)
 
+DOTS_BELOW = 0.40  # ours: dots are dark in 30% of their area, checks in 50%
+
+def _is_plain(values):
+    "Whether nothing varies, or little and only about the plain colour."
+    return values.std() < 0.055 or (values.std() < 0.22 and values.mean() < 0.15)
+
+def _darkness(values): # 0..1
+    "The mean; counted from the map's own extremes if these are far apart."
+    low, high = np.quantile(values, [0.1, 0.9])
+    return ((values - low) / (high - low)).mean() if high - low > 0.95 else values.mean()
+
 def texture_of(q, mask): # One of `TEXTURES`
     "Which texture a map of side x side shows where the mask is true."
     values = q[mask]
-    if len(values) < 12 or values.std() < 0.055: return "plain"
-    if _explained(*np.nonzero(mask), values) > 0.72: return "gradient"
-    if values.std() < 0.1: return "plain"
+    if len(values) < 12 or _is_plain(values): return "plain"
+    if _explained(*np.nonzero(mask), values) > 0.6: return "gradient"
     if _coherence(q, mask) > 0.55: return "stripes"
-    low, high = np.quantile(values, [0.1, 0.9])
-    dark = ((values - low) / max(high - low, 1e-6)).mean()
-    return "dots" if dark < DOTS_BELOW else "checks"
-
-DOTS_BELOW = 0.40  # ours: dots are dark in 30% of their area, checks in 50%
+    return "dots" if _darkness(values) < DOTS_BELOW else "checks"
 
 # %% ../../nbs/00k_oracle.ipynb #2e2fe90e
 CELL = 28  # pixels of the pictures that are compared
@@ -70,14 +77,17 @@ def centered(mask): # CELL * CELL
     rows, cols = (np.mgrid[:CELL, :CELL] - (CELL - 1) / 2) * step
     return ndimage.map_coordinates(mask, [cy + rows, cx + cols], order=1).ravel()
 
+def _softened(mask): # Of the same size
+    "As soft pictures show it: blurred, and a little larger."
+    return np.clip((ndimage.gaussian_filter(mask, 1.5) - 0.15) / 0.3, 0, 1)
+
 def _templates(): # (masks, names)
     masks, names = [], []
-    for shape in SHAPES:
-        for turn in np.deg2rad(np.arange(-30, 31, 6)):
-            for size in (0.24, 0.35):
-                t = Thing(shape, "red", "center", size=size, turn=turn)
-                masks.append(centered(coverage(t)))
-                names.append(shape)
+    turns = np.deg2rad(np.arange(-30, 31, 6))
+    for shape, turn, size in product(SHAPES, turns, (0.24, 0.35)):
+        drawn = coverage(Thing(shape, "red", "center", size=size, turn=turn))
+        masks += [centered(drawn), centered(_softened(drawn))]
+        names += [shape, shape]
     return np.stack(masks), names
 
 _MASKS, _NAMES = _templates()

@@ -28,7 +28,7 @@ from ..world.samples import *
 # %% ../../nbs/05_instruct.ipynb #71bf0e23
 # All of these are ours: one model for all families, and yes/no questions twice as often.
 INSTRUCT_SHARES = dict(
-    t2i=0.28, caption=0.03, grounding=0.03, edit=0.38, condition=0.11, question=0.13, sign=0.04)
+    t2i=0.18, caption=0.02, grounding=0.03, edit=0.33, condition=0.10, question=0.30, sign=0.04)
 INSTRUCT_QUESTIONS = ("yesno", *QUESTIONS)
 # Questions a conversation: an answer is one word, a caption twenty, and the loss counts words.
 INSTRUCT_TURNS = 4

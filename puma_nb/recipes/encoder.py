@@ -185,7 +185,8 @@ class EncoderTask(Task):
         self.tokenizer = train_tokenizer(preset.mllm.vocab_size)
         torch.manual_seed(seed_of(seed, "encoder"))
         self.model = EncoderNet(preset.encoder, self.tokenizer)
-        self.weights = dict(captions=1.0, phrases=1.0, patches=3.0, shapes=6.0, pixels=2.0, coarse=2.0)
+        self.weights = dict(captions=1.0, phrases=1.0, patches=3.0, shapes=6.0,
+                            pixels=2.0, coarse=2.0)
         self.images, self.scenes = data or world_images(preset, seed=seed)
         self.shapes = torch.stack([shape_map(s).flatten() for s in self.scenes])
 

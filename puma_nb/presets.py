@@ -338,12 +338,12 @@ _NANO |= {  # steps, batch, learning rate, warmup
     "stage.f3": _stage(375, 32, 1e-3, 50, ema=_EMA),
     "stage.f4": _stage(250, 32, 1e-3, 50, ema=_EMA),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
-    "stage.instruct": _stage(5500, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct": _stage(4800, 48, 6e-4, 50, _COSINE, _CLIP5),
     # dedicated models: together as many steps as the joint one, in its shares
-    "stage.instruct-t2i": _stage(990, 48, 6e-4, 50, _COSINE, _CLIP5),
-    "stage.instruct-edit": _stage(1815, 48, 6e-4, 50, _COSINE, _CLIP5),
-    "stage.instruct-condition": _stage(550, 48, 6e-4, 50, _COSINE, _CLIP5),
-    "stage.instruct-understand": _stage(2145, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct-t2i": _stage(864, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct-edit": _stage(1584, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct-condition": _stage(480, 48, 6e-4, 50, _COSINE, _CLIP5),
+    "stage.instruct-understand": _stage(1872, 48, 6e-4, 50, _COSINE, _CLIP5),
 }
 
 # %% ../nbs/00b_presets.ipynb #baf3af4f

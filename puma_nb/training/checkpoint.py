@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from ..core import *
 from ..errors import *
 
 # %% ../../nbs/00n_checkpoint.ipynb #19a122db
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# a parameter that never had a gradient has no moments
+_SOME = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 def gathered(t): # A tensor that may be divided among processes
     "The tensor in one piece; all processes must ask."
@@ -135,11 +138,25 @@ def _newest_readable(folder, ema, settings): # (path, what `_read_checkpoint` re
     return None
 
 # %% ../../nbs/00n_checkpoint.ipynb #57445a27
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")  # of torch, not in a checkpoint
+
+def _own_name(name):
+    "A parameter's name without those of wrappers."
+    for w in _WRAPPERS: name = name.replace(w, "")
+    return name
+
+def _forget_others(model, optimizer, moments):
+    "No moments for what had none: loading makes some up."
+    kept = set(map(_own_name, moments["state"]))
+    for name, p in model.named_parameters():
+        if _own_name(name) not in kept: optimizer.state.pop(p, None)
+
 def _restore_model(path, model, optimizer, weights, moments):
     "Weights and moments of a checkpoint, or an error if they are another model's."
     try:
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
-                       options=_WHOLE)
+        set_model_state_dict(model, weights, options=_WHOLE)
+        set_optimizer_state_dict(model, optimizer, moments, options=_SOME)
+        _forget_others(model, optimizer, moments)
     except (RuntimeError, KeyError, ValueError) as e:
         why = str(e).strip().splitlines()[-1].strip()
         raise UserError(f"{path} is of another model than this one: {why}") from None

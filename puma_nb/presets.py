@@ -72,6 +72,7 @@ class DecoderPreset:
     blank: float            # share of rows that are conditioned on a black image
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
     fade: float             # share of rows whose detail beyond f2 fades in training: f1 and f0
+    averaged: int           # training pictures that stand for all with their caption: mean features
     min_side: int           # pixels; smaller pictures are left out of training
     resize: str             # how training pictures become square: "crop" or "squash"
     # "cached": encoded once and kept; "online": encoded anew for every batch
@@ -277,6 +278,7 @@ _NANO["decoder"] = dict(
     blank=(0.1, "A.1"),
     feature_noise=((0.6, 0.5, 0.45, 0.3, 0.2), "ours: about the language model's own error"),
     fade=(0.3, "ours: what words leave open is blurred by a language model"),
+    averaged=(4000, "ours: a third; a language model writes the mean of what words leave open"),
     min_side=(64, "ours: 512 in A.1"),
     resize=("crop", "A.1"),
     features=("cached", "ours: they fit into memory"),
@@ -498,6 +500,7 @@ _PAPER["decoder"] = dict(
     blank=(0.1, "A.1"),
     feature_noise=((0.0,) * 5, "the paper mentions none"),
     fade=(0.0, "the paper mentions none"),
+    averaged=(0, "the paper mentions none"),
     min_side=(512, "A.1"),
     resize=("crop", "A.1"),
     features=("online", "ours: half a megabyte an image"),

@@ -125,6 +125,8 @@ class MLLMPreset:
     structure_weight: float
     # share of learnt colour words that are fed in wrongly or not at all
     disturbed_words: float
+    # width of the network that expects a finer scale's detail from the coarser one; 0: none
+    details: int
     copy_path: bool         # what is painted from a source may keep the source's features
     edit_plan: bool         # before the image of an edit the model says what it will show
 
@@ -285,8 +287,7 @@ _NANO["decoder"] = dict(
     attention=("plain", "ours: its backward is faster in bf16 on a CPU"),
     sampler=("DPMSolverMultistepScheduler", "ours: DDPM in [code]"),
     sampling_steps=(12, "ours: 50 in [code]"),
-    guidance=(1.0, "ours: away from black only brightens flat scenes, "
-                   "25.0 against 16.5 dB at f0 on 12 images; 2.0 in [code]"),
+    guidance=(2.0, "[code]"),
 )
 
 # %% ../nbs/00b_presets.ipynb #e5465097
@@ -318,6 +319,7 @@ _NANO["mllm"] |= dict(
     source_scale=(2, "ours: all five in 3.3"),
     attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
     parent_path=(True, "ours: f1 and f0 fail without (chapter 3f)"),
+    details=(384, "ours: f0's error from a caption .17 in a try, .33 without (chapter 3c)"),
     copy_path=(True, "ours: what an edit leaves alone is kept, not drawn anew (chapter 3c)"),
     consistency=(True, "ours: Eq. 1 says that they must agree"),
     at_once=(0.5, "ours: the same weights write whole scales, too"),
@@ -339,6 +341,7 @@ _NANO |= {  # steps, batch, learning rate, warmup
     "stage.f2": _stage(500, 32, 1e-3, 50, ema=_EMA),
     "stage.f3": _stage(375, 32, 1e-3, 50, ema=_EMA),
     "stage.f4": _stage(250, 32, 1e-3, 50, ema=_EMA),
+    "stage.details": _stage(3000, 32, 2e-3, 50, _COSINE),
     "stage.pretrain": _stage(6000, 48, 1.5e-3, 100, _COSINE, _CLIP5),
     "stage.instruct": _stage(4800, 48, 6e-4, 50, _COSINE, _CLIP5),
     # dedicated models: together as many steps as the joint one, in its shares
@@ -353,6 +356,7 @@ _OFF = "the paper has none"
 _PLAIN = {"mllm": dict(
     parent_path=(False, _OFF),
     copy_path=(False, _OFF),
+    details=(0, _OFF),
     consistency=(False, _OFF),
     at_once=(0.0, _OFF),
     text_mean=("token", "Eq. 2"),
@@ -376,13 +380,13 @@ _PICO["decoder"] = dict(
     coordinates=(8, _FEW), guess=(8, _FEW), sampling_steps=(3, _FEW))
 _PICO["mllm"] = dict(
     hidden_size=(32, _FEW), layers=(2, _FEW), heads=(2, _FEW), kv_heads=(2, _FEW),
-    mlp_size=(64, _FEW))
+    mlp_size=(64, _FEW), details=(16, _FEW))
 
 # %% ../nbs/00b_presets.ipynb #e1cfe998
 _SHORT = dict(steps=(4, _FEW), batch=(8, _FEW), warmup=(1, _FEW))
 _PICO |= {f"stage.{name}": _SHORT for name in (
     "encoder", "autoencoder", "guess", "base", "f0", "f1", "f2", "f3", "f4",
-    "pretrain", "instruct", *(f"instruct-{f}" for f in FAMILIES))}
+    "details", "pretrain", "instruct", *(f"instruct-{f}" for f in FAMILIES))}
 
 # %% ../nbs/00b_presets.ipynb #87eb4faa
 _GPU = "ours: meant for half an hour on one GPU; not yet run"
@@ -440,6 +444,7 @@ _MINI |= {  # steps, batch
     "stage.f2": _gpu_stage(2000, 256),
     "stage.f3": _gpu_stage(1500, 256),
     "stage.f4": _gpu_stage(1000, 256),
+    "stage.details": _gpu_stage(6000, 128),
     "stage.pretrain": _gpu_stage(10000, 192),
     "stage.instruct": _gpu_stage(6000, 192),
     "stage.instruct-t2i": _gpu_stage(1680, 192),
@@ -538,6 +543,7 @@ _PAPER["mllm"] |= dict(
     attention=("fused", "ours"),
     parent_path=(False, _OFF),
     copy_path=(False, _OFF),
+    details=(0, _OFF),
     consistency=(False, _OFF),
     at_once=(0.0, _OFF),
     whole_scale=(1, _OFF),
@@ -725,8 +731,8 @@ def with_numbers(
 # %% ../nbs/00b_presets.ipynb #25e16a3b
 _FIVE = ("decoder.feature_noise", "mllm.feature_noise", "mllm.scale_weights",
          "mllm.depth_shares", "mllm.tune_depth_shares")
-_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "overlay", "guess",
-                "source_scale",
+_MAY_BE_ZERO = ("steps", "warmup", "pack", "thin", "coordinates", "overlay", "guess", "averaged",
+                "details", "source_scale",
                 "whole_scale", "first_scale", "min_side", "position_scales", "transformers")
 LARGEST = 10**9  # ours: no width, count or number of steps is larger
 
@@ -766,7 +772,8 @@ def _wrong_together(p: Preset): # {sentence: whether it holds}
         "decoder.channels and decoder.transformers must have as many levels":
             len(d.channels) != len(d.transformers),
         "decoder.resize must be crop or squash": d.resize not in ("crop", "squash"),
-        "mllm.copy_path wants mllm.parent_path": m.copy_path and not m.parent_path,
+        "mllm.copy_path and mllm.details want mllm.parent_path":
+            (m.copy_path or m.details) and not m.parent_path,
         f"mllm.reduction must be one of {', '.join(REDUCTIONS)}": m.reduction not in REDUCTIONS,
         "mllm.depth_shares and tune_depth_shares must sum to one":
             abs(sum(m.depth_shares) - 1) + abs(sum(m.tune_depth_shares) - 1) > 1e-6,

@@ -22,7 +22,7 @@ def variant(preset: Preset, **settings): # say variant(nano, head="flow")
 # %% ../../nbs/03f_mllm_variants.ipynb #87d614cc
 class FedIn(ParentPath):
     "The cell and its parent are fed in; what is written stands alone."
-    def of_parent(self, cell, parent, stats): return torch.zeros_like(parent)
+    def of_parent(self, cell, parent): return torch.zeros_like(parent)
 
 class Baseline(ParentPath):
     "What is written is added to the parent; nothing is fed in."

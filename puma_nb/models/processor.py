@@ -180,6 +180,7 @@ def load_mllm(
     with reading(path, "language model"), quietly():
         model = PumaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         processor = PumaProcessor.from_pretrained(path)
+    freeze_details(model)
     return model.to(pick_device(device)).eval(), processor
 
 # %% ../../nbs/03d_processor.ipynb #a02d25c7

@@ -251,7 +251,7 @@ from ..errors import *
 # %% ../../nbs/03c_parent_path.ipynb #e11dbd17
 def add_cells(
     b: Batch,
-    seen  # B x L x C: the features that are fed in
+    parents # B x L x C: what is expected of the fine tokens, where they stand
 ): # {"cell": B x L, "parent": B x L x C, "origin": the same if there is one}
     "The cell each position writes (or is, if its image is only read), its parent and its origin."
     slot, learn, block = b.slot, b.loss_mask & (b.slot >= 0), b.block
@@ -262,12 +262,10 @@ def add_cells(
         inside = block >= 0
         written = torch.where(inside, goal, torch.where(inside.roll(-1, 1), -1, written))
         column = column - inside.long()
-    up = torch.where(written >= 0, PARENTS.to(slot.device)[written.clamp_min(0)], -1)
-    at = torch.where(up >= 0, column - written + up, -1)  # an image's tokens stand side by side
+    at = torch.where(written >= 0, column, -1)
     own = torch.where(learn, -1, slot)
-    place = dict(cell=torch.where(written >= 0, written, own), parent=features_at(seen, at))
-    if b.origin is not None:
-        place["origin"] = features_at(b.origin, torch.where(written >= 0, column, -1))
+    place = dict(cell=torch.where(written >= 0, written, own), parent=features_at(parents, at))
+    if b.origin is not None: place["origin"] = features_at(b.origin, at)
     return place
 
 # %% ../../nbs/03c_parent_path.ipynb #4bf4def9

@@ -416,10 +416,11 @@ def train_pretrain(
     out = Path(out)
     encoder = load_encoder(out, device)
     task = _pretrain_task(preset, out, encoder, seed, device, progress, data, llama)
+    how = dict(seed=seed, resume=resume, device=device, progress=progress, run=run)
+    if not data: train_details(preset, task.model, task.store, out / "pretrain" / "details", **how)
     def measure(log):
         save_mllm(task.model, task.processor, out / "pretrain")
         if data: return {}, {}
         return _pretrain_scores(preset, out, encoder, task.tokenizer, seed, device, log)
     run_stage("pretrain", task, preset.stages["pretrain"], out, measure, begun, "pretraining",
-              seed=seed, resume=resume, device=device, progress=progress, run=run,
-              sample_every=1000)
+              sample_every=1000, **how)

@@ -133,7 +133,8 @@ class PumaForConditionalGeneration(PreTrainedModel):
             place = dict(cell=cell, parent=parent, origin=origin)
         if labels is not None:
             batch = labelled(input_ids, slot, features, labels, weight, origin)
-            if self.path: place = add_cells(batch, self.path.parents(batch, features, self.stats))
+            if self.path:
+                place = add_cells(batch, self.path.parents(batch, features, self.stats))
         out = self.language_model.model(
             inputs_embeds=self.embed(input_ids, slot, features, **place),
             attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
@@ -472,7 +473,8 @@ class ParentPath(nn.Module):
         "What is told of parents and origins begins with nothing."
         for told in (self.inform, self.remind):
             if told is not None: nn.init.zeros_(told.weight)
-        for p in self.details.leave.parameters() if self.details else (): nn.init.zeros_(p)
+        if self.details is None: return
+        for p in self.details.leave.parameters(): nn.init.zeros_(p)
 
     def refine(self, grid, i: int, stats: FeatureStats): # B x N x C -> B x 4N x C
         "What scale i is expected to be, from the one above it; both normalised."

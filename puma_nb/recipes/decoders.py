@@ -425,7 +425,8 @@ def train_decoders(
     todo = [i for i in parts if i != "base" and not _is_ready(home, i)]
     how = dict(seed=seed, resume=resume, device=device, progress=progress, run=run)
     base = _train_base(preset, home, data, how, _is_ready(home, "base"))
-    if todo and not images: data.mean_f0 = mean_features(preset, encoder, seed, cache, progress)
+    if todo and not images:
+        data.mean_f0 = mean_features(preset, encoder, seed, cache, progress)
     for i in todo: _train_one(preset, base, i, home, data, how)
     if not is_main(): return
     _report_if_complete(preset, out, home, device, seed, pictures, own=bool(images))

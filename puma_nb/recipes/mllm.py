@@ -319,7 +319,8 @@ class DetailsTask(Task):
 
     def reads(self): return dict(images=len(self.store.f0))
 
-    def counts(self, b): return {k: b["amount"].numel() * TOKENS[int(k[1])] for k in self.weights}
+    def counts(self, b):
+        return {k: len(b["f0"]) * TOKENS[int(k[1])] for k in self.weights}
 
     def batch(self, positions, step):
         ids = sample_ids(positions, len(self.store.f0), seed_of(self.seed, self.name))
@@ -338,7 +339,8 @@ class DetailsTask(Task):
         terms, expected = {}, None
         for i in range(self.path.fine, -1, -1):
             coarse = true[i + 1] + b["amount"] * most[i + 1] * b[f"noise_{i + 1}"]
-            if expected is not None: coarse = torch.where(b["own"] > 0, expected, coarse)
+            if expected is not None:
+                coarse = torch.where(b["own"] > 0, expected, coarse)
             told = stats.normalize(spread(stats.denormalize(coarse, i + 1)), i)
             expected = told + model(coarse, i).float()
             terms[f"f{i}"] = ((expected - true[i]) ** 2).mean(-1).sum()

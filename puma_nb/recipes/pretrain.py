@@ -417,7 +417,8 @@ def train_pretrain(
     encoder = load_encoder(out, device)
     task = _pretrain_task(preset, out, encoder, seed, device, progress, data, llama)
     how = dict(seed=seed, resume=resume, device=device, progress=progress, run=run)
-    if not data: train_details(preset, task.model, task.store, out / "pretrain" / "details", **how)
+    if not data:
+        train_details(preset, task.model, task.store, out / "pretrain" / "details", **how)
     def measure(log):
         save_mllm(task.model, task.processor, out / "pretrain")
         if data: return {}, {}

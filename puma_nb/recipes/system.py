@@ -100,7 +100,8 @@ def train_system(
 # %% ../../nbs/05a_system.ipynb #8b7d310d
 def _ships(path): # path: below the system's folder
     "Whether a package needs this file: not what only training needs."
-    if {"checkpoints", "base", "samples", "details"} & set(path.parts): return False
+    if set(path.parts) & {"checkpoints", "base", "samples", "details"}:
+        return False
     return path.suffix in (".json", ".toml", ".safetensors", ".jsonl")
 
 PRECISE = ("share", "guess_error")  # of decoders: the noise schedule, and what goes with it

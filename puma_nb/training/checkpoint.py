@@ -138,7 +138,8 @@ def _newest_readable(folder, ema, settings): # (path, what `_read_checkpoint` re
     return None
 
 # %% ../../nbs/00n_checkpoint.ipynb #57445a27
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")  # of torch, not in a checkpoint
+# of torch; not in a checkpoint
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 
 def _own_name(name):
     "A parameter's name without those of wrappers."

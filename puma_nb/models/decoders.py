@@ -164,7 +164,8 @@ class Decoder(ModelMixin, ConfigMixin):
             self.embed_img_pos = nn.Parameter(sincos_2d(SIDES[scale], cross_size)[None])
         if coordinates:
             where = sincos_2d(latent_side, coordinates).T
-            self.register_buffer("where", where.reshape(1, coordinates, latent_side, latent_side))
+            where = where.reshape(1, coordinates, latent_side, latent_side).contiguous()
+            self.register_buffer("where", where)
         if normalize:
             self.register_buffer("feature_mean", torch.zeros(feature_size))
             self.register_buffer("feature_std", torch.ones(feature_size))

@@ -72,7 +72,7 @@ class DecoderPreset:
     blank: float            # share of rows that are conditioned on a black image
     feature_noise: tuple    # largest noise on normalised features in training, f0..f4
     fade: float             # share of rows whose detail beyond f2 fades in training: f1 and f0
-    averaged: int           # training pictures that stand for all with their caption: mean features
+    averaged: int           # training pictures with mean features of others with their content
     min_side: int           # pixels; smaller pictures are left out of training
     resize: str             # how training pictures become square: "crop" or "squash"
     # "cached": encoded once and kept; "online": encoded anew for every batch
@@ -319,7 +319,7 @@ _NANO["mllm"] |= dict(
     source_scale=(2, "ours: all five in 3.3"),
     attention=("plain", "ours: a training step took 0.115 s instead of 0.172 s on two cores"),
     parent_path=(True, "ours: f1 and f0 fail without (chapter 3f)"),
-    details=(384, "ours: f0's error from a caption .17 in a try, .33 without (chapter 3c)"),
+    details=(384, "ours: f0's error from the true f2 falls to a third (chapter 3c)"),
     copy_path=(True, "ours: what an edit leaves alone is kept, not drawn anew (chapter 3c)"),
     consistency=(True, "ours: Eq. 1 says that they must agree"),
     at_once=(0.5, "ours: the same weights write whole scales, too"),
@@ -377,7 +377,7 @@ _PICO["autoencoder"] = dict(
     channels=((8, 8), _FEW), latent_channels=(4, _FEW), norm_groups=(4, _FEW))
 _PICO["decoder"] = dict(
     channels=((8, 16), _FEW), heads=(2, _FEW), cross_size=(16, _FEW), norm_groups=(4, _FEW),
-    coordinates=(8, _FEW), guess=(8, _FEW), sampling_steps=(3, _FEW))
+    coordinates=(8, _FEW), guess=(8, _FEW), averaged=(20, _FEW), sampling_steps=(3, _FEW))
 _PICO["mllm"] = dict(
     hidden_size=(32, _FEW), layers=(2, _FEW), heads=(2, _FEW), kv_heads=(2, _FEW),
     mlp_size=(64, _FEW), details=(16, _FEW))
@@ -418,6 +418,7 @@ _MINI["decoder"] = dict(
     heads=(4, "ours"),
     min_side=(128, "ours: 512 in A.1"),
     cross_size=(128, "ours"),
+    averaged=(33000, "ours: a third, as in nano"),
     attention=("fused", "ours: the library's default"),
 )
 _MINI["mllm"] = dict(

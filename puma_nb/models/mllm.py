@@ -476,10 +476,11 @@ class ParentPath(nn.Module):
         if self.details is None: return
         for p in self.details.leave.parameters(): nn.init.zeros_(p)
 
-    def refine(self, grid, i: int, stats: FeatureStats): # B x N x C -> B x 4N x C
+    def refine(self, grid, i: int, stats: FeatureStats, details=None): # B x N x C -> B x 4N x C
         "What scale i is expected to be, from the one above it; both normalised."
         told = stats.normalize(spread(stats.denormalize(grid, i + 1)), i)
-        return told if self.details is None else told + self.details(grid, i)
+        if details is None: details = self.details
+        return told if details is None else told + details(grid, i).float()
 
     def parents(self, b, seen, stats: FeatureStats): # B x L x C, zeros for all but fine tokens
         "What is expected of each fine token of the images that are written, where it stands."

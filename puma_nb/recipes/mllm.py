@@ -341,8 +341,7 @@ class DetailsTask(Task):
             coarse = true[i + 1] + b["amount"] * most[i + 1] * b[f"noise_{i + 1}"]
             if expected is not None:
                 coarse = torch.where(b["own"] > 0, expected, coarse)
-            told = stats.normalize(spread(stats.denormalize(coarse, i + 1)), i)
-            expected = told + model(coarse, i).float()
+            expected = self.path.refine(coarse, i, stats, model)  # `model` may be wrapped
             terms[f"f{i}"] = ((expected - true[i]) ** 2).mean(-1).sum()
         return terms
 
@@ -350,14 +349,15 @@ class DetailsTask(Task):
 def train_details(
     preset: Preset, model, store: FeatureStore,
     folder, # Where they are kept
-    seed: int = 0, **how # For `fit`
+    seed: int = 0, resume: bool = False, **how # For `fit`
 ):
-    "Learn a model's details, or read them; nothing where it has none."
+    "Learn a model's details; a run that goes on reads them, once they are learnt."
     if model.path is None or model.path.details is None: return
     file = Path(folder) / "details.safetensors"
-    if not file.exists():
+    if not (resume and file.exists()):
         task = DetailsTask(preset, model.path, store, seed)
-        fit(task, preset.stages["details"], folder, name="details", seed=seed, **how)
+        fit(task, preset.stages["details"], folder, name="details", seed=seed, resume=resume,
+            **how)
         if is_main(): save_tensors(dict(task.model.state_dict()), file)
         PartialState().wait_for_everyone()
     model.path.details.load_state_dict(load_file(file))

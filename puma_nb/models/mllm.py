@@ -504,14 +504,17 @@ class ParentPath(nn.Module):
         if parent is not None:
             told = self.inform(parent.to(self.inform.weight.dtype))
             known = known + told * self.is_fine(cell)
-        if self.remind is not None and origin is not None:
+        if self.remind is not None and parent is not None:
+            # none is one of zeros: a weight that is sometimes left out is no work for DDP
+            if origin is None: origin = torch.zeros_like(parent)
             known = known + self.remind(origin.to(self.remind.weight.dtype))
         return known * (cell >= 0)[..., None]
 
     def baseline(self, hidden, cell, parent, origin): # -> ... x C
         "What is expected from the parent, zero for coarse scales; or the origin."
         known = self.of_parent(cell, parent)
-        if self.gate is None or origin is None: return known
+        if self.gate is None: return known
+        if origin is None: origin = torch.zeros_like(known)
         keep = torch.sigmoid(self.gate(hidden).float())
         keep = keep * (origin != 0).any(-1, keepdim=True)  # where there is one
         return known + keep * (origin.float() - known)

@@ -317,6 +317,8 @@ class DetailsTask(Task):
         self.model, self.name = path.details.requires_grad_(True), "details"
         self.weights = {f"f{i}": 1.0 for i in range(path.fine + 1)}
 
+    def checkpointing(self): pass  # too small to be worth it
+
     def reads(self): return dict(images=len(self.store.f0))
 
     def counts(self, b):
